@@ -1,0 +1,50 @@
+# `make test` is all a fresh machine needs: Python, make and a C++ compiler (without one, the slower backends are tested).
+
+PYTHON ?= python3
+VENV ?= .venv
+# One exact torch: "torch>=2.10", the requirement of the package, would fetch the newest release, with gigabytes of CUDA.
+TORCH ?= torch==2.13.0
+# Further words for pytest, as in `make test PYTEST="-k qformer"`.
+PYTEST ?=
+WORKERS ?= 2
+
+BIN := $(VENV)/bin
+CODE := $(wildcard em3 kernels benchmarks tests setup.py .ci)
+SOURCES := pyproject.toml setup.py em3/_version.py kernels/__init__.py $(wildcard csrc/*.* csrc/*/*.*)
+
+.PHONY: test install lint format wheel clean
+
+test: install lint
+	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST)
+
+# An editable install: Python edits need no new one, C++ edits compile what they touch.
+install: $(VENV)/installed
+
+# The build tools live in the environment, so that objects outlive a build (isolation moves pybind11 each time).
+$(VENV)/tools: Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet "setuptools>=77" "pybind11>=2.13" ninja build
+	touch $@
+
+# The stamp bears the time of the start, lest a file that is edited during the build be missed next time.
+$(VENV)/installed: $(VENV)/tools $(SOURCES)
+	touch $@.started
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test]"
+	mv $@.started $@
+
+lint: install
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+# A source distribution, and a wheel made from it, in dist/.
+wheel: $(VENV)/tools
+	rm -rf dist
+	$(BIN)/python -m build
+
+clean:
+	rm -rf build dist *.egg-info $(VENV) em3/_C*.so em3/_build_record.json .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,73 @@
+#include "isa.h"
+
+#include <stdexcept>
+
+namespace em3 {
+namespace {
+
+#if EM3_HAVE_X86_PATHS
+// __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
+std::string missing_avx2() {
+  __builtin_cpu_init();
+  std::string lacks;
+  if (!__builtin_cpu_supports("avx2")) lacks += " avx2";
+  if (!__builtin_cpu_supports("fma")) lacks += " fma";
+  return lacks;
+}
+
+std::string missing_avx512() {
+  std::string lacks = missing_avx2();
+  if (!__builtin_cpu_supports("avx512f")) lacks += " avx512f";
+  if (!__builtin_cpu_supports("avx512vl")) lacks += " avx512vl";
+  if (!__builtin_cpu_supports("avx512bw")) lacks += " avx512bw";
+  if (!__builtin_cpu_supports("avx512dq")) lacks += " avx512dq";
+  return lacks;
+}
+#endif
+
+IsaInfo describe(Isa isa) {
+  IsaInfo info{isa, isa_name(isa), true, ""};
+  if (isa == Isa::baseline) return info;
+#if EM3_HAVE_X86_PATHS
+  const std::string lacks = isa == Isa::avx2 ? missing_avx2() : missing_avx512();
+  if (!lacks.empty()) info.reason = "this processor or operating system lacks" + lacks;
+#else
+  info.reason = "this build has only the baseline path (not x86-64, or not GCC/Clang)";
+#endif
+  info.usable = info.reason.empty();
+  return info;
+}
+
+}  // namespace
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::avx512: return "avx512";
+    case Isa::avx2: return "avx2";
+    default: return "baseline";
+  }
+}
+
+const std::vector<IsaInfo>& isa_table() {
+  static const std::vector<IsaInfo> table = {describe(Isa::baseline), describe(Isa::avx2), describe(Isa::avx512)};
+  return table;
+}
+
+Isa resolve_isa(const std::string& name) {
+  const std::vector<IsaInfo>& table = isa_table();
+  if (name.empty()) {
+    Isa best = Isa::baseline;
+    for (const IsaInfo& info : table) {
+      if (info.usable) best = info.isa;
+    }
+    return best;
+  }
+  for (const IsaInfo& info : table) {
+    if (info.name != name) continue;
+    if (!info.usable) throw std::invalid_argument("isa '" + name + "' cannot be used: " + info.reason);
+    return info.isa;
+  }
+  throw std::invalid_argument("isa '" + name + "' is unknown: it must be '', 'baseline', 'avx2' or 'avx512'");
+}
+
+}  // namespace em3

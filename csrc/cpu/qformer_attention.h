@@ -1,0 +1,70 @@
+// The core of attention where few queries read many tokens. The key and value projections are absorbed into the
+// queries, so keys = values = the raw token rows x.
+//
+// B items, Q queries a head, H heads, K = H*Q rows r = (h, q), M streams of tokens, C_m the width of stream m. For
+// item b, over every present token t of every stream m (one softmax for all streams):
+//   s[r,t] = dot(u_m[r], x_m[t]) + c_m[r]        p = softmax_t(s)        lse[r] = logsumexp_t(s[r,t])
+//   y_m[r] = sum_t p[r,t] x_m[t]                 mass_m[r] = sum_t p[r,t]
+// An item with no present token has y = 0, mass = 0, lse = -inf and zero gradients.
+//
+// Everything is float32 and contiguous unless a stride is named. Outputs may be uninitialised: every element is
+// written.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "isa.h"
+
+namespace em3 {
+
+constexpr int kMaxStreams = 8;
+
+// Padded (offsets == nullptr): item b has n tokens, token t at x + b*item_stride + t*token_stride.
+// Jagged: x has n rows in all, item b owns rows offsets[b] .. offsets[b+1].
+struct TokenStream {
+  const float* x;
+  std::int64_t item_stride;   // in elements; unused when jagged
+  std::int64_t token_stride;  // in elements; the C floats of a token are adjacent
+  std::int64_t n;
+  std::int64_t C;
+  const std::int64_t* offsets;   // [B+1], already validated, or null
+  const std::uint8_t* mask;      // 1 = present: [B, n] with mask_item_stride, jagged [n]; null = all present
+  std::int64_t mask_item_stride;
+};
+
+struct Shape {
+  std::int64_t B, H, Q;
+  bool shared_u;  // u and c have no item dimension: Bu = 1, else Bu = B
+  std::int64_t K() const { return H * Q; }
+};
+
+struct ForwardStream {
+  TokenStream tokens;
+  const float* u;  // [H, Bu, Q, C]
+  const float* c;  // [H, Bu, Q], null = 0
+  float* y;        // [H, B, Q, C]
+  float* mass;     // [H, B, Q], null = not wanted
+};
+
+struct BackwardStream {
+  TokenStream tokens;
+  const float* u;
+  const float* c;
+  const float* y;      // [H, B, Q, C]
+  const float* mass;   // [H, B, Q], read only with dmass
+  const float* dy;     // [H, B, Q, C]
+  const float* dmass;  // [H, B, Q], null = 0
+  float* du;           // [H, Bu, Q, C], null = not wanted
+  float* dc;           // [H, Bu, Q], null = not wanted
+  float* dx;           // [B, n, C] or [n, C], contiguous, null = not wanted
+};
+
+// Both throw std::invalid_argument for sizes they cannot serve. `threads` is an upper bound. The same inputs and
+// thread count give the same bits.
+void qformer_attention_forward(const Shape& shape, const std::vector<ForwardStream>& streams, float* lse, int threads,
+                               Isa isa);
+void qformer_attention_backward(const Shape& shape, const std::vector<BackwardStream>& streams, const float* lse,
+                                int threads, Isa isa);
+
+}  // namespace em3

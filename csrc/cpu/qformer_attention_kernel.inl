@@ -1,0 +1,798 @@
+// The kernels of qformer_attention, written once and compiled once per instruction set: qformer_attention.cpp includes
+// this file inside a namespace and a target region of its own, after simd.h.
+//
+// No standard-library function or template may be instantiated here. The linker keeps one copy of an inline function,
+// and if it kept one compiled with wide instructions, the baseline path would crash on an older processor.
+//
+// A tile is up to a few hundred tokens of one item and stream, chosen so that its rows stay in the level-2 cache: x
+// comes from memory once and is used by every product. Rows r = (h, q) come in blocks of kBlock; within a block the
+// scores are kept as [token, row], rows adjacent, which makes the softmax elementwise over vectors and gives all
+// three products the one shape a register tile likes: C[i, j] += A[i, k] * B[k, j] with A broadcast and B a row.
+//   scores   s[t, r]  = x[t, c]      * uT[c, r]   A = token rows in place, B = packed transpose of u (or dy)
+//   update   y[r, c] += p[t, r]      * x[t, c]    A = p, B = token rows in place         (du likewise with ds)
+//   outer    dx[t, c] = ds[t, r]     * u[r, c] + p[t, r] * dy[r, c]
+
+constexpr int kPanel = 2 * kVec;  // width of the register tile
+constexpr int kBlock = 4 * kVec > 32 ? 4 * kVec : 32;
+
+EM3_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+EM3_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// ---- register tiles ------------------------------------------------------------------------------------------------
+
+struct Scores {
+  const float* a;  // token rows
+  int64_t lda;
+  const float* b;  // panel [k, vectors * kVec]
+  int64_t k;
+  float* c;
+  int64_t ldc;
+};
+
+template <int M, int NV>
+EM3_NOINLINE static void scores_tile(const Scores& g, int64_t row, const float* b, float* c) {
+  V acc[M][NV];
+  for (int i = 0; i < M; ++i)
+    for (int j = 0; j < NV; ++j) acc[i][j] = zero();
+  const float* a = g.a + row * g.lda;
+  const int64_t lda = g.lda;
+  for (int64_t k = 0; k < g.k; ++k) {
+    V bv[NV];
+    for (int j = 0; j < NV; ++j) bv[j] = load(b + (k * NV + j) * kVec);
+    for (int i = 0; i < M; ++i) {
+      const V av = splat(a[i * lda + k]);
+      for (int j = 0; j < NV; ++j) acc[i][j] = fma(av, bv[j], acc[i][j]);
+    }
+  }
+  c += row * g.ldc;
+  for (int i = 0; i < M; ++i)
+    for (int j = 0; j < NV; ++j) store(c + i * g.ldc + j * kVec, acc[i][j]);
+}
+
+template <int M>
+EM3_INLINE void scores_rows(int m, bool wide, const Scores& g, int64_t row, const float* b, float* c) {
+  if (m == M) {
+    if (wide) {
+      scores_tile<M, 2>(g, row, b, c);
+    } else {
+      scores_tile<M, 1>(g, row, b, c);
+    }
+  } else if constexpr (M > 1) {
+    scores_rows<M - 1>(m, wide, g, row, b, c);
+  }
+}
+
+// Splits n rows into the fewest register tiles, of nearly equal height.
+struct RowSplit {
+  int64_t blocks, base, extra;
+};
+EM3_INLINE RowSplit split_rows(int64_t n) {
+  const int64_t blocks = (n + kRows - 1) / kRows;
+  return {blocks, n / blocks, n % blocks};
+}
+
+// c[n, width] = a[n, k] * packed[k, width], width a multiple of kVec, packed in panels of kPanel.
+static void scores(const Scores& g, int64_t n, int64_t width) {
+  const RowSplit rows = split_rows(n);
+  int64_t row = 0;
+  for (int64_t i = 0; i < rows.blocks; ++i) {
+    const int m = static_cast<int>(rows.base + (i < rows.extra));
+    for (int64_t col = 0; col < width; col += kPanel) {
+      scores_rows<kRows>(m, width - col >= kPanel, g, row, g.b + col * g.k, g.c + col);
+    }
+    row += m;
+  }
+}
+
+// c[i][col..] = (load ? c * pre[i] : 0) + sum_k a[k * lda + i] * b[k][col..], then * post[i]. pre, post: null = 1.
+struct Update {
+  const float* a;
+  int64_t lda, k;
+  const float* const* b;
+  float* const* c;
+  const float* pre;
+  const float* post;
+  bool load;
+};
+
+// PART: one vector of which only `tail` floats exist.
+template <int M, int NV, bool PART>
+EM3_NOINLINE static void update_tile(const Update& g, int64_t row, int64_t col, int tail) {
+  V acc[M][NV];
+  float* const* c = g.c + row;
+  for (int i = 0; i < M; ++i)
+    for (int j = 0; j < NV; ++j) acc[i][j] = zero();
+  if (g.load) {
+    for (int i = 0; i < M; ++i) {
+      const V pre = splat(g.pre != nullptr ? g.pre[row + i] : 1.0f);
+      for (int j = 0; j < NV; ++j)
+        acc[i][j] = pre * (PART ? load_part(c[i] + col, tail) : load(c[i] + col + j * kVec));
+    }
+  }
+  const float* a = g.a + row;
+  for (int64_t k = 0; k < g.k; ++k, a += g.lda) {
+    const float* b = g.b[k] + col;
+    V bv[NV];
+    for (int j = 0; j < NV; ++j) bv[j] = PART ? load_part(b, tail) : load(b + j * kVec);
+    for (int i = 0; i < M; ++i) {
+      const V av = splat(a[i]);
+      for (int j = 0; j < NV; ++j) acc[i][j] = fma(av, bv[j], acc[i][j]);
+    }
+  }
+  for (int i = 0; i < M; ++i) {
+    const V post = splat(g.post != nullptr ? g.post[row + i] : 1.0f);
+    for (int j = 0; j < NV; ++j) {
+      if (PART) {
+        store_part(c[i] + col, acc[i][j] * post, tail);
+      } else {
+        store(c[i] + col + j * kVec, acc[i][j] * post);
+      }
+    }
+  }
+}
+
+template <int M>
+EM3_INLINE void update_rows(int m, const Update& g, int64_t row, int64_t col, int64_t left) {
+  if (m == M) {
+    if (left >= kPanel) {
+      update_tile<M, 2, false>(g, row, col, 0);
+    } else if (left >= kVec) {
+      update_tile<M, 1, false>(g, row, col, 0);
+    } else {
+      update_tile<M, 1, true>(g, row, col, static_cast<int>(left));
+    }
+  } else if constexpr (M > 1) {
+    update_rows<M - 1>(m, g, row, col, left);
+  }
+}
+
+// Bytes that will be wanted next, brought into the level-2 cache while this product computes.
+struct Ahead {
+  uintptr_t address;
+  int64_t stride;  // in bytes
+  int64_t rows;
+};
+
+EM3_INLINE int64_t strip_width(int64_t left) { return left >= kPanel ? kPanel : left >= kVec ? kVec : left; }
+
+// n rows of c, all C columns.
+static void update(const Update& g, int64_t n, int64_t C, const Ahead& ahead) {
+  const RowSplit rows = split_rows(n);
+  for (int64_t col = 0, width; col < C; col += width) {
+    width = strip_width(C - col);
+    for (int64_t t = 0; t < ahead.rows; ++t) {
+      for (int64_t at = 0; at < width; at += 16) EM3_PREFETCH(ahead.address + t * ahead.stride + (col + at) * 4);
+    }
+    int64_t row = 0;
+    for (int64_t i = 0; i < rows.blocks; ++i) {
+      const int m = static_cast<int>(rows.base + (i < rows.extra));
+      update_rows<kRows>(m, g, row, col, C - col);
+      row += m;
+    }
+  }
+}
+
+// c[i][col..] (+)= sum_k a[i * lda + k] * b[k][col..] + sum_k a[i * lda + second + k] * b[depth + k][col..]
+struct Outer {
+  const float* a;
+  int64_t lda, second, depth;
+  const float* const* b;  // 2 * depth row pointers
+  float* const* c;
+  bool load;
+};
+
+template <int M, int NV, bool PART>
+EM3_NOINLINE static void outer_tile(const Outer& g, int64_t row, int64_t col, int tail) {
+  V acc[M][NV];
+  float* const* c = g.c + row;
+  for (int i = 0; i < M; ++i)
+    for (int j = 0; j < NV; ++j)
+      acc[i][j] = !g.load ? zero() : PART ? load_part(c[i] + col, tail) : load(c[i] + col + j * kVec);
+  const float* const* b_row = g.b;
+  const int64_t lda = g.lda;
+  for (int half = 0; half < 2; ++half) {
+    const float* a = g.a + row * lda + half * g.second;
+    for (int64_t k = 0; k < g.depth; ++k) {
+      const float* b = *b_row++ + col;
+      V bv[NV];
+      for (int j = 0; j < NV; ++j) bv[j] = PART ? load_part(b, tail) : load(b + j * kVec);
+      for (int i = 0; i < M; ++i) {
+        const V av = splat(a[i * lda + k]);
+        for (int j = 0; j < NV; ++j) acc[i][j] = fma(av, bv[j], acc[i][j]);
+      }
+    }
+  }
+  for (int i = 0; i < M; ++i) {
+    for (int j = 0; j < NV; ++j) {
+      if (PART) {
+        store_part(c[i] + col, acc[i][j], tail);
+      } else {
+        store(c[i] + col + j * kVec, acc[i][j]);
+      }
+    }
+  }
+}
+
+template <int M>
+EM3_INLINE void outer_rows(int m, const Outer& g, int64_t row, int64_t col, int64_t left) {
+  if (m == M) {
+    if (left >= kPanel) {
+      outer_tile<M, 2, false>(g, row, col, 0);
+    } else if (left >= kVec) {
+      outer_tile<M, 1, false>(g, row, col, 0);
+    } else {
+      outer_tile<M, 1, true>(g, row, col, static_cast<int>(left));
+    }
+  } else if constexpr (M > 1) {
+    outer_rows<M - 1>(m, g, row, col, left);
+  }
+}
+
+static void outer(const Outer& g, int64_t n, int64_t C) {
+  const RowSplit rows = split_rows(n);
+  for (int64_t col = 0, width; col < C; col += width) {
+    width = strip_width(C - col);
+    int64_t row = 0;
+    for (int64_t i = 0; i < rows.blocks; ++i) {
+      const int m = static_cast<int>(rows.base + (i < rows.extra));
+      outer_rows<kRows>(m, g, row, col, C - col);
+      row += m;
+    }
+  }
+}
+
+// ---- small elementwise pieces --------------------------------------------------------------------------------------
+
+// rows[K] of length C -> panels [C, kPanel] (the last one may be kVec wide), missing rows 0. Four rows at a time keeps
+// the reads sequential; this costs a few percent of one product over a full tile.
+static void pack_transposed(const float* const* rows, int64_t K, int64_t C, float* out) {
+  const int64_t padded = round_up(K, kVec);
+  for (int64_t r0 = 0; r0 < padded; r0 += kPanel) {
+    const int64_t width = smaller(kPanel, padded - r0);
+    float* panel = out + r0 * C;
+    for (int64_t r = 0; r < width; r += 4) {
+      const int64_t have = smaller(4, K - (r0 + r));
+      if (have == 4) {
+        const float* const* from = rows + r0 + r;
+        const float *p0 = from[0], *p1 = from[1], *p2 = from[2], *p3 = from[3];
+        for (int64_t c = 0; c < C; ++c) {
+          float* to = panel + c * width + r;
+          to[0] = p0[c], to[1] = p1[c], to[2] = p2[c], to[3] = p3[c];
+        }
+      } else {
+        for (int64_t c = 0; c < C; ++c)
+          for (int64_t i = 0; i < 4; ++i) panel[c * width + r + i] = i < have ? rows[r0 + r + i][c] : 0.0f;
+      }
+    }
+  }
+}
+
+static float dot(const float* a, const float* b, int64_t n) {
+  V s0 = zero(), s1 = zero();
+  int64_t i = 0;
+  for (; i + kPanel <= n; i += kPanel) {
+    s0 = fma(load(a + i), load(b + i), s0);
+    s1 = fma(load(a + i + kVec), load(b + i + kVec), s1);
+  }
+  for (; i < n; i += kVec) {
+    const int left = static_cast<int>(smaller(kVec, n - i));
+    s0 = left == kVec ? fma(load(a + i), load(b + i), s0) : fma(load_part(a + i, left), load_part(b + i, left), s0);
+  }
+  float lanes[kVec], sum = 0.0f;
+  store(lanes, s0 + s1);
+  for (int j = 0; j < kVec; ++j) sum += lanes[j];
+  return sum;
+}
+
+static void fill(float* p, int64_t n, float value) {
+  for (int64_t i = 0; i < n; ++i) p[i] = value;
+}
+
+// rows[(h, q)] = base + ((h * items + item) * Q + q) * C for a tensor [H, items, Q, C].
+template <class T>
+static void row_table(T* base, int64_t items, int64_t item, int64_t H, int64_t Q, int64_t C, T** rows) {
+  for (int64_t h = 0; h < H; ++h)
+    for (int64_t q = 0; q < Q; ++q) *rows++ = base + ((h * items + item) * Q + q) * C;
+}
+
+// out[K] from a tensor [H, items, Q]; null = zeros.
+static void gather_rows(const float* base, int64_t items, int64_t item, int64_t H, int64_t Q, float* out) {
+  for (int64_t h = 0; h < H; ++h)
+    for (int64_t q = 0; q < Q; ++q) *out++ = base == nullptr ? 0.0f : base[(h * items + item) * Q + q];
+}
+
+static void scatter_rows(const float* from, int64_t items, int64_t item, int64_t H, int64_t Q, float* base) {
+  for (int64_t h = 0; h < H; ++h)
+    for (int64_t q = 0; q < Q; ++q) base[(h * items + item) * Q + q] = *from++;
+}
+
+// ---- the tokens of one item, tile by tile --------------------------------------------------------------------------
+
+struct Tokens {
+  const float* x;
+  int64_t stride, n, C;
+  const uint8_t* mask;
+  int64_t present;
+  int64_t first;  // row of token 0 in a contiguous x (where dx goes)
+};
+
+static Tokens item_tokens(const TokenStream& s, int64_t b) {
+  Tokens t;
+  const int64_t begin = s.offsets != nullptr ? s.offsets[b] : b * s.n;
+  t.n = s.offsets != nullptr ? s.offsets[b + 1] - begin : s.n;
+  t.x = s.offsets != nullptr ? s.x + begin * s.token_stride : s.x + b * s.item_stride;
+  t.mask = s.mask == nullptr ? nullptr : s.offsets != nullptr ? s.mask + begin : s.mask + b * s.mask_item_stride;
+  t.stride = s.token_stride;
+  t.C = s.C;
+  t.first = begin;
+  t.present = t.n;
+  if (t.mask != nullptr) {
+    t.present = 0;
+    for (int64_t i = 0; i < t.n; ++i) t.present += t.mask[i] != 0;
+  }
+  return t;
+}
+
+struct Tile {
+  const float* x;      // first row
+  int64_t stride, n;
+  const float** rows;  // [n] row pointers
+  int64_t* index;      // [n] token numbers within the item
+  Ahead ahead;         // where the next tile probably is
+};
+
+// The most tokens a tile may hold: its rows take a quarter of a 1 MB level-2 cache.
+EM3_INLINE int64_t tile_limit(int64_t C) {
+  const int64_t rows = (int64_t{1} << 16) / C / kRows * kRows;
+  return rows < kRows ? kRows : rows > 256 ? 256 / kRows * kRows : rows;
+}
+
+// Absent tokens are never read (they may hold anything). A run of present tokens is used in place. Otherwise, and
+// when the row stride maps all rows to few sets of the level-1 cache, the rows are copied side by side.
+static int64_t next_tile(const Tokens& t, int64_t from, int64_t want, float* copy, Tile& tile) {
+  int64_t n = 0;
+  for (; from < t.n && n < want; ++from) {
+    if (t.mask != nullptr && t.mask[from] == 0) continue;
+    tile.rows[n] = t.x + from * t.stride;
+    tile.index[n++] = from;
+  }
+  tile.n = n;
+  tile.ahead = {0, 0, 0};
+  if (n == 0) return from;
+  tile.x = tile.rows[0];
+  tile.stride = t.stride;
+  const bool run = tile.index[n - 1] - tile.index[0] == n - 1;
+  if (run) {
+    tile.ahead = {reinterpret_cast<uintptr_t>(tile.x) + static_cast<uintptr_t>(n * t.stride * 4), t.stride * 4, n};
+  }
+  if (!run || t.stride % 1024 == 0) {
+    const int64_t width = round_up(t.C, 16) + 16;
+    for (int64_t i = 0; i < n; ++i) {
+      float* to = copy + i * width;
+      int64_t c = 0;
+      for (; c + kVec <= t.C; c += kVec) store(to + c, load(tile.rows[i] + c));
+      if (c < t.C) store_part(to + c, load_part(tile.rows[i] + c, static_cast<int>(t.C - c)), static_cast<int>(t.C - c));
+      tile.rows[i] = to;
+    }
+    tile.x = copy;
+    tile.stride = width;
+  }
+  return from;
+}
+
+// Hands out a worker's scratch memory. Built twice: once from null to learn the size.
+struct Arena {
+  float* at;
+  int64_t used;
+  float* floats(int64_t n) {
+    float* p = at == nullptr ? nullptr : at + used;
+    used += round_up(n, 16);
+    return p;
+  }
+  template <class T>
+  T* array(int64_t n) {
+    return reinterpret_cast<T*>(floats((n * static_cast<int64_t>(sizeof(T)) + 3) / 4));
+  }
+};
+
+struct TileScratch {
+  float* copy;
+  Tile tile;
+};
+
+template <class Stream>
+static TileScratch make_tile_scratch(Arena& arena, const Stream* streams, int M) {
+  int64_t rows = 0, floats = 0;
+  for (int m = 0; m < M; ++m) {
+    const int64_t C = streams[m].tokens.C, limit = tile_limit(C);
+    rows = limit > rows ? limit : rows;
+    const int64_t need = limit * (round_up(C, 16) + 16);
+    floats = need > floats ? need : floats;
+  }
+  TileScratch s{};
+  s.copy = arena.floats(floats);
+  s.tile.rows = arena.array<const float*>(rows);
+  s.tile.index = arena.array<int64_t>(rows);
+  s.tile.n = rows;
+  return s;
+}
+
+// ---- forward -------------------------------------------------------------------------------------------------------
+
+// What one worker holds for the rows of an item. [K] means padded to a multiple of kVec.
+struct ForwardState {
+  TileScratch tiles;
+  float* s;                         // [tokens, kBlock]
+  float* reference;                 // [K] what is subtracted in exp: within kSlack below the row maximum seen so far
+  float* inverse;                   // [K] 1 / sum of exp
+  float* bias[kMaxStreams];         // [K] c
+  float* sum[kMaxStreams];          // [K] sum of exp over the tokens of the stream
+  float* owed[kMaxStreams];         // [K] factor that y has still to be multiplied by
+  float* packed[kMaxStreams];       // u transposed, when it differs from item to item
+  float** y[kMaxStreams];           // [K] rows
+  const float** u;                  // [K] rows
+};
+
+// y and the sums are rescaled only when a row's maximum has grown by more than this, since exp(8) loses nothing in
+// float32. Most items then never rescale.
+constexpr float kSlack = 8.0f;
+constexpr float kLowest = -1.0e38f;
+
+static ForwardState forward_state(const ForwardJob& job, Arena& arena) {
+  ForwardState st{};
+  const int64_t K = job.shape.K(), padded = round_up(K, kVec);
+  st.tiles = make_tile_scratch(arena, job.streams, job.M);
+  st.s = arena.floats(st.tiles.tile.n * smaller(kBlock, padded));
+  st.reference = arena.floats(padded);
+  st.inverse = arena.floats(padded);
+  st.u = arena.array<const float*>(K);
+  for (int m = 0; m < job.M; ++m) {
+    st.bias[m] = arena.floats(padded);
+    st.sum[m] = arena.floats(padded);
+    st.owed[m] = arena.floats(padded);
+    st.y[m] = arena.array<float*>(K);
+    if (!job.shape.shared_u) st.packed[m] = arena.floats(padded * job.streams[m].tokens.C);
+  }
+  return st;
+}
+
+// s[n, ld] -> exp(s + bias - reference), with the sums brought up to date. r0: the block's first row.
+static void softmax_block(ForwardState& st, int M, int m, int64_t r0, int64_t n, int64_t ld) {
+  for (int64_t v = 0; v < ld; v += kVec) {
+    float* s = st.s + v;
+    const int64_t r = r0 + v;
+    const V bias = load(st.bias[m] + r), old = load(st.reference + r);
+    V top = splat(kLowest);
+    for (int64_t t = 0; t < n; ++t) top = vmax(top, load(s + t * ld) + bias);
+    V now = old;
+    if (any_greater(top, old + splat(kSlack))) {
+      now = where_greater(top, old + splat(kSlack), top, old);
+      const V factor = vexp(old - now);
+      store(st.reference + r, now);
+      for (int i = 0; i < M; ++i) {
+        store(st.sum[i] + r, load(st.sum[i] + r) * factor);
+        store(st.owed[i] + r, load(st.owed[i] + r) * factor);
+      }
+    }
+    const V shift = bias - now;
+    V sum = zero();
+    for (int64_t t = 0; t < n; ++t) {
+      const V p = vexp(load(s + t * ld) + shift);
+      store(s + t * ld, p);
+      sum = sum + p;
+    }
+    store(st.sum[m] + r, load(st.sum[m] + r) + sum);
+  }
+}
+
+static void invert_sums(ForwardState& st, int M, int64_t r0, int64_t width) {
+  for (int64_t r = r0; r < r0 + width; ++r) {
+    float total = 0.0f;
+    for (int m = 0; m < M; ++m) total += st.sum[m][r];
+    st.inverse[r] = total == 0.0f ? 0.0f : 1.0f / total;
+  }
+}
+
+static void forward_tile(const ForwardJob& job, ForwardState& st, int m, bool first, bool last) {
+  const Tile& tile = st.tiles.tile;
+  const int64_t K = job.shape.K(), padded = round_up(K, kVec), C = job.streams[m].tokens.C;
+  const float* packed = job.shape.shared_u ? job.packed_u[m] : st.packed[m];
+  for (int64_t r0 = 0; r0 < K; r0 += kBlock) {
+    const int64_t ld = smaller(kBlock, padded - r0);
+    scores({tile.x, tile.stride, packed + r0 * C, C, st.s, ld}, tile.n, ld);
+    softmax_block(st, job.M, m, r0, tile.n, ld);
+    if (last) invert_sums(st, job.M, r0, ld);
+    const Update g{st.s, ld, tile.n, tile.rows, st.y[m] + r0, st.owed[m] + r0, last ? st.inverse + r0 : nullptr, !first};
+    update(g, smaller(kBlock, K - r0), C, r0 == 0 ? tile.ahead : Ahead{0, 0, 0});
+    fill(st.owed[m] + r0, ld, 1.0f);
+  }
+}
+
+// Streams that were finished before the softmax's denominator was known, and streams without tokens.
+static void finish_y(const ForwardJob& job, ForwardState& st, const bool* touched, int last_stream) {
+  for (int m = 0; m < job.M; ++m) {
+    if (m == last_stream) continue;
+    const int64_t C = job.streams[m].tokens.C;
+    for (int64_t r = 0; r < job.shape.K(); ++r) {
+      float* y = st.y[m][r];
+      const float factor = st.owed[m][r] * st.inverse[r];
+      if (!touched[m]) {
+        fill(y, C, 0.0f);
+      } else {
+        for (int64_t c = 0; c < C; ++c) y[c] *= factor;
+      }
+    }
+  }
+}
+
+static void finish_statistics(const ForwardJob& job, ForwardState& st, int64_t b) {
+  const Shape& shape = job.shape;
+  for (int m = 0; m < job.M; ++m) {
+    if (job.streams[m].mass == nullptr) continue;
+    for (int64_t r = 0; r < shape.K(); ++r) st.owed[m][r] = st.sum[m][r] * st.inverse[r];
+    scatter_rows(st.owed[m], shape.B, b, shape.H, shape.Q, job.streams[m].mass);
+  }
+  for (int64_t r = 0; r < shape.K(); ++r) {
+    float total = 0.0f;
+    for (int m = 0; m < job.M; ++m) total += st.sum[m][r];
+    st.reference[r] += ::logf(total);  // no token: -inf
+  }
+  scatter_rows(st.reference, shape.B, b, shape.H, shape.Q, job.lse);
+}
+
+static void forward_item(const ForwardJob& job, ForwardState& st, int64_t b) {
+  const Shape& shape = job.shape;
+  const int64_t K = shape.K(), padded = round_up(K, kVec);
+  Tokens tokens[kMaxStreams];
+  bool touched[kMaxStreams];
+  int last_stream = -1;
+  fill(st.reference, padded, kLowest);
+  fill(st.inverse, padded, 0.0f);
+  for (int m = 0; m < job.M; ++m) {
+    const ForwardStream& s = job.streams[m];
+    tokens[m] = item_tokens(s.tokens, b);
+    touched[m] = tokens[m].present > 0;
+    if (touched[m]) last_stream = m;
+    fill(st.sum[m], padded, 0.0f);
+    fill(st.owed[m], padded, 1.0f);
+    row_table(s.y, shape.B, b, shape.H, shape.Q, s.tokens.C, st.y[m]);
+    if (shape.shared_u || !touched[m]) continue;
+    row_table(s.u, shape.B, b, shape.H, shape.Q, s.tokens.C, st.u);
+    pack_transposed(st.u, K, s.tokens.C, st.packed[m]);
+    gather_rows(s.c, shape.B, b, shape.H, shape.Q, st.bias[m]);
+  }
+  for (int m = 0; m < job.M; ++m) {
+    const int64_t limit = tile_limit(tokens[m].C), tiles = (tokens[m].present + limit - 1) / limit;
+    int64_t at = 0, left = tokens[m].present;
+    for (int64_t i = 0; i < tiles; ++i) {
+      at = next_tile(tokens[m], at, (left + tiles - i - 1) / (tiles - i), st.tiles.copy, st.tiles.tile);
+      left -= st.tiles.tile.n;
+      forward_tile(job, st, m, i == 0, m == last_stream && i + 1 == tiles);
+    }
+  }
+  finish_y(job, st, touched, last_stream);
+  finish_statistics(job, st, b);
+}
+
+static int64_t forward_scratch(const ForwardJob& job) {
+  Arena arena{nullptr, 0};
+  forward_state(job, arena);
+  return arena.used;
+}
+
+static void forward_items(const ForwardJob& job, int64_t begin, int64_t end, float* scratch) {
+  Arena arena{scratch, 0};
+  ForwardState st = forward_state(job, arena);
+  const Shape& shape = job.shape;
+  for (int m = 0; m < job.M; ++m) {
+    fill(st.bias[m], round_up(shape.K(), kVec), 0.0f);
+    if (shape.shared_u) gather_rows(job.streams[m].c, 1, 0, shape.H, shape.Q, st.bias[m]);
+  }
+  for (int64_t b = begin; b < end; ++b) forward_item(job, st, b);
+}
+
+// ---- backward ------------------------------------------------------------------------------------------------------
+
+struct BackwardState {
+  TileScratch tiles;
+  float** dx;                        // [tokens] rows
+  float* w;                          // [tokens, 2 * block]: s then ds on the left, dp then p on the right
+  const float** pair;                // [2 * kBlock] rows of u, then of dy
+  float* lse;                        // [K]
+  float* delta;                      // [K]
+  float* row;                        // [K] a temporary
+  float* bias[kMaxStreams];          // [K] c
+  float* shift[kMaxStreams];         // [K] dmass - delta
+  float* dc[kMaxStreams];            // [K]
+  float* packed_u[kMaxStreams];      // transposed, when it differs from item to item
+  float* packed_dy[kMaxStreams];     // transposed
+  const float** u[kMaxStreams];      // [K] rows
+  const float** dy[kMaxStreams];     // [K] rows
+  float** du[kMaxStreams];           // [K] rows
+  bool touched[kMaxStreams];         // du holds something
+};
+
+EM3_INLINE bool wanted(const BackwardStream& s) { return s.du != nullptr || s.dc != nullptr || s.dx != nullptr; }
+
+static BackwardState backward_state(const BackwardJob& job, Arena& arena) {
+  BackwardState st{};
+  const int64_t K = job.shape.K(), padded = round_up(K, kVec);
+  st.tiles = make_tile_scratch(arena, job.streams, job.M);
+  st.dx = arena.array<float*>(st.tiles.tile.n);
+  st.w = arena.floats(st.tiles.tile.n * 2 * smaller(kBlock, padded));
+  st.pair = arena.array<const float*>(2 * kBlock);
+  st.lse = arena.floats(padded);
+  st.delta = arena.floats(padded);
+  st.row = arena.floats(padded);
+  for (int m = 0; m < job.M; ++m) {
+    const int64_t C = job.streams[m].tokens.C;
+    st.bias[m] = arena.floats(padded);
+    st.shift[m] = arena.floats(padded);
+    st.dc[m] = arena.floats(padded);
+    st.packed_dy[m] = arena.floats(padded * C);
+    if (!job.shape.shared_u) st.packed_u[m] = arena.floats(padded * C);
+    st.u[m] = arena.array<const float*>(K);
+    st.dy[m] = arena.array<const float*>(K);
+    st.du[m] = arena.array<float*>(K);
+  }
+  return st;
+}
+
+// w holds s and dp of a block; leaves ds and p, and adds ds to dc.
+static void gradient_block(BackwardState& st, int m, int64_t r0, int64_t n, int64_t width) {
+  for (int64_t v = 0; v < width; v += kVec) {
+    float* w = st.w + v;
+    const int64_t r = r0 + v;
+    const V offset = load(st.bias[m] + r) - load(st.lse + r), shift = load(st.shift[m] + r);
+    V total = zero();
+    for (int64_t t = 0; t < n; ++t, w += 2 * width) {
+      const V p = vexp(load(w) + offset);
+      const V ds = p * (load(w + width) + shift);
+      store(w, ds);
+      store(w + width, p);
+      total = total + ds;
+    }
+    store(st.dc[m] + r, load(st.dc[m] + r) + total);
+  }
+}
+
+static void backward_tile(const BackwardJob& job, BackwardState& st, int m, const Tokens& tokens) {
+  const BackwardStream& s = job.streams[m];
+  const Tile& tile = st.tiles.tile;
+  const int64_t K = job.shape.K(), padded = round_up(K, kVec), C = s.tokens.C;
+  const float* packed_u = job.shape.shared_u ? job.packed_u[m] : st.packed_u[m];
+  if (s.dx != nullptr) {
+    for (int64_t t = 0; t < tile.n; ++t) st.dx[t] = s.dx + (tokens.first + tile.index[t]) * C;
+  }
+  for (int64_t r0 = 0; r0 < K; r0 += kBlock) {
+    const int64_t width = smaller(kBlock, padded - r0), rows = smaller(kBlock, K - r0);
+    scores({tile.x, tile.stride, packed_u + r0 * C, C, st.w, 2 * width}, tile.n, width);
+    scores({tile.x, tile.stride, st.packed_dy[m] + r0 * C, C, st.w + width, 2 * width}, tile.n, width);
+    gradient_block(st, m, r0, tile.n, width);
+    if (s.du != nullptr) {
+      const Update g{st.w, 2 * width, tile.n, tile.rows, st.du[m] + r0, nullptr, nullptr, st.touched[m]};
+      update(g, rows, C, r0 == 0 ? tile.ahead : Ahead{0, 0, 0});
+    }
+    if (s.dx == nullptr) continue;
+    for (int64_t r = 0; r < rows; ++r) {
+      st.pair[r] = st.u[m][r0 + r];
+      st.pair[rows + r] = st.dy[m][r0 + r];
+    }
+    outer({st.w, 2 * width, width, rows, st.pair, st.dx, r0 != 0}, tile.n, C);
+  }
+  st.touched[m] = true;
+}
+
+// delta, the rows of dy and everything else that belongs to item b alone.
+static void prepare_item(const BackwardJob& job, BackwardState& st, int64_t b, const Tokens* tokens) {
+  const Shape& shape = job.shape;
+  const int64_t B = shape.B, H = shape.H, Q = shape.Q, K = shape.K();
+  fill(st.delta, round_up(K, kVec), 0.0f);
+  gather_rows(job.lse, B, b, H, Q, st.lse);
+  for (int64_t r = 0; r < K; ++r) st.lse[r] = st.lse[r] == -INFINITY ? 0.0f : st.lse[r];
+  for (int m = 0; m < job.M; ++m) {
+    const BackwardStream& s = job.streams[m];
+    const int64_t C = s.tokens.C;
+    row_table(s.dy, B, b, H, Q, C, st.dy[m]);
+    row_table(s.y, B, b, H, Q, C, st.u[m]);  // the rows of y, for a moment
+    for (int64_t r = 0; r < K; ++r) st.delta[r] += dot(st.dy[m][r], st.u[m][r], C);
+    gather_rows(s.dmass, B, b, H, Q, st.shift[m]);
+    if (s.dmass != nullptr) {
+      gather_rows(s.mass, B, b, H, Q, st.row);
+      for (int64_t r = 0; r < K; ++r) st.delta[r] += st.shift[m][r] * st.row[r];
+    }
+  }
+  for (int m = 0; m < job.M; ++m) {
+    const BackwardStream& s = job.streams[m];
+    const int64_t C = s.tokens.C;
+    for (int64_t r = 0; r < K; ++r) st.shift[m][r] -= st.delta[r];
+    row_table(s.u, shape.shared_u ? 1 : B, shape.shared_u ? 0 : b, H, Q, C, st.u[m]);
+    if (tokens[m].present == 0 || !wanted(s)) continue;
+    pack_transposed(st.dy[m], K, C, st.packed_dy[m]);
+    if (shape.shared_u) continue;
+    pack_transposed(st.u[m], K, C, st.packed_u[m]);
+    gather_rows(s.c, B, b, H, Q, st.bias[m]);
+  }
+}
+
+// Points du at where the sums go: this part's [K, C], or the item's own rows of the output.
+static void start_sums(const BackwardJob& job, BackwardState& st, int64_t items, int64_t b, float* const* du) {
+  const Shape& shape = job.shape;
+  for (int m = 0; m < job.M; ++m) {
+    st.touched[m] = false;
+    fill(st.dc[m], round_up(shape.K(), kVec), 0.0f);
+    if (du[m] != nullptr) row_table(du[m], items, b, shape.H, shape.Q, job.streams[m].tokens.C, st.du[m]);
+  }
+}
+
+static void finish_sums(const BackwardJob& job, BackwardState& st, int64_t items, int64_t b, float* const* du,
+                        float* const* dc) {
+  const Shape& shape = job.shape;
+  for (int m = 0; m < job.M; ++m) {
+    if (dc[m] != nullptr) scatter_rows(st.dc[m], items, b, shape.H, shape.Q, dc[m]);
+    if (du[m] == nullptr || st.touched[m]) continue;
+    for (int64_t r = 0; r < shape.K(); ++r) fill(st.du[m][r], job.streams[m].tokens.C, 0.0f);
+  }
+}
+
+static void backward_item(const BackwardJob& job, BackwardState& st, int64_t b) {
+  Tokens tokens[kMaxStreams];
+  bool any = false;
+  for (int m = 0; m < job.M; ++m) {
+    tokens[m] = item_tokens(job.streams[m].tokens, b);
+    any = any || (tokens[m].present > 0 && wanted(job.streams[m]));
+  }
+  if (any) prepare_item(job, st, b, tokens);
+  for (int m = 0; m < job.M; ++m) {
+    const BackwardStream& s = job.streams[m];
+    const Tokens& t = tokens[m];
+    if (s.dx != nullptr && t.mask != nullptr) {
+      for (int64_t i = 0; i < t.n; ++i) {
+        if (t.mask[i] == 0) fill(s.dx + (t.first + i) * t.C, t.C, 0.0f);
+      }
+    }
+    if (!wanted(s)) continue;
+    const int64_t limit = tile_limit(t.C), tiles = (t.present + limit - 1) / limit;
+    int64_t at = 0, left = t.present;
+    for (int64_t i = 0; i < tiles; ++i) {
+      at = next_tile(t, at, (left + tiles - i - 1) / (tiles - i), st.tiles.copy, st.tiles.tile);
+      left -= st.tiles.tile.n;
+      backward_tile(job, st, m, t);
+    }
+  }
+}
+
+static int64_t backward_scratch(const BackwardJob& job) {
+  Arena arena{nullptr, 0};
+  backward_state(job, arena);
+  return arena.used;
+}
+
+// du, dc: where this part's sums go when u is shared (null = not wanted); otherwise the outputs themselves.
+static void backward_items(const BackwardJob& job, int64_t begin, int64_t end, float* const* du, float* const* dc,
+                           float* scratch) {
+  Arena arena{scratch, 0};
+  BackwardState st = backward_state(job, arena);
+  const Shape& shape = job.shape;
+  for (int m = 0; m < job.M; ++m) {
+    const int64_t padded = round_up(shape.K(), kVec);
+    fill(st.bias[m], padded, 0.0f);
+    fill(st.shift[m], padded, 0.0f);
+    if (shape.shared_u) gather_rows(job.streams[m].c, 1, 0, shape.H, shape.Q, st.bias[m]);
+  }
+  fill(st.lse, round_up(shape.K(), kVec), 0.0f);
+  if (shape.shared_u) start_sums(job, st, 1, 0, du);
+  for (int64_t b = begin; b < end; ++b) {
+    if (!shape.shared_u) start_sums(job, st, shape.B, b, du);
+    backward_item(job, st, b);
+    if (!shape.shared_u) finish_sums(job, st, shape.B, b, du, dc);
+  }
+  if (shape.shared_u) finish_sums(job, st, 1, 0, du, dc);
+}
+
+// ---- what the dispatcher sees --------------------------------------------------------------------------------------
+
+static int64_t padded_rows(int64_t K) { return round_up(K, kVec); }
+
+static const KernelTable kTable = {padded_rows,    pack_transposed,  forward_scratch,
+                                   forward_items, backward_scratch, backward_items};

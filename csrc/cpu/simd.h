@@ -1,0 +1,124 @@
+// One vector of floats and the few operations the kernels need, for the instruction set being compiled.
+//
+// No include guard on purpose: a kernel file is included once per instruction set, each time inside its own
+// namespace with EM3_ISA set to 0 (baseline), 1 (AVX2 + FMA) or 2 (AVX-512), and this file with it. Everything here
+// has internal linkage. The caller includes <immintrin.h>, <cmath>, <cstdint> and <cstring> beforehand.
+//
+// Multiply-add goes through intrinsics because compilers fuse a*b+c only when told to (-std=c++17 tells GCC not to).
+
+#if defined(__GNUC__) || defined(__clang__)
+#define EM3_INLINE static inline __attribute__((always_inline))
+#define EM3_NOINLINE __attribute__((noinline))
+#define EM3_PREFETCH(address) __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 2)
+#define EM3_VECTOR_EXTENSIONS 1
+#else
+#define EM3_INLINE static inline
+#define EM3_NOINLINE
+#define EM3_PREFETCH(address) (void)(address)
+#define EM3_VECTOR_EXTENSIONS 0
+#endif
+
+// kVec: floats a vector; kRows: rows of the register tile, so that kRows x 2 accumulators, two vectors of B and one
+// broadcast fit the register file.
+#if EM3_ISA == 2
+constexpr int kVec = 16, kRows = 14;
+#elif EM3_ISA == 1
+constexpr int kVec = 8, kRows = 6;
+#elif defined(__aarch64__)
+constexpr int kVec = 4, kRows = 12;
+#else
+constexpr int kVec = 4, kRows = 6;
+#endif
+
+#if EM3_VECTOR_EXTENSIONS
+
+typedef float V __attribute__((vector_size(kVec * 4)));
+typedef int32_t VI __attribute__((vector_size(kVec * 4)));
+typedef float VU __attribute__((vector_size(kVec * 4), aligned(4), may_alias));
+
+EM3_INLINE V load(const float* p) { return *reinterpret_cast<const VU*>(p); }
+EM3_INLINE void store(float* p, V v) { *reinterpret_cast<VU*>(p) = v; }
+EM3_INLINE V zero() { return V{}; }
+
+#if EM3_ISA == 2
+EM3_INLINE V splat(float x) { return _mm512_set1_ps(x); }
+EM3_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+EM3_INLINE bool any_greater(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
+EM3_INLINE V load_part(const float* p, int n) { return _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p); }
+EM3_INLINE void store_part(float* p, V v, int n) { _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), v); }
+#elif EM3_ISA == 1
+alignas(32) static const int32_t kPartMask[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
+EM3_INLINE __m256i part_mask(int n) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kPartMask + 8 - n)); }
+EM3_INLINE V splat(float x) { return _mm256_set1_ps(x); }
+EM3_INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+EM3_INLINE bool any_greater(V a, V b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0; }
+EM3_INLINE V load_part(const float* p, int n) { return _mm256_maskload_ps(p, part_mask(n)); }
+EM3_INLINE void store_part(float* p, V v, int n) { _mm256_maskstore_ps(p, part_mask(n), v); }
+#else
+EM3_INLINE V splat(float x) { return V{x, x, x, x}; }
+#if defined(__aarch64__)
+EM3_INLINE V fma(V a, V b, V c) { return vfmaq_f32(c, a, b); }
+#else
+EM3_INLINE V fma(V a, V b, V c) { return a * b + c; }
+#endif
+EM3_INLINE bool any_greater(V a, V b) {
+  const VI m = a > b;
+  return (m[0] | m[1] | m[2] | m[3]) != 0;
+}
+EM3_INLINE V load_part(const float* p, int n) {
+  V v{};
+  std::memcpy(&v, p, sizeof(float) * static_cast<unsigned>(n));
+  return v;
+}
+EM3_INLINE void store_part(float* p, V v, int n) { std::memcpy(p, &v, sizeof(float) * static_cast<unsigned>(n)); }
+#endif
+
+EM3_INLINE V where_greater(V a, V b, V yes, V no) { return a > b ? yes : no; }
+EM3_INLINE V vmax(V a, V b) { return a > b ? a : b; }
+
+// exp(x) for x <= 88, relative error below 2e-7 where the result is a normal number; exactly 0 below -87.3, and so
+// for -inf. Cephes' reduction and polynomial.
+EM3_INLINE V vexp(V x) {
+  const V lowest = splat(-87.3f);
+  const V magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer left in the low bits
+  const V clamped = vmax(lowest, x);  // in this order a NaN stays a NaN
+  const V shifted = fma(clamped, splat(1.44269504f), magic);
+  const V n = shifted - magic;
+  const V r = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), clamped));
+  V y = fma(splat(1.9875691500e-4f), r, splat(1.3981999507e-3f));
+  y = fma(y, r, splat(8.3334519073e-3f));
+  y = fma(y, r, splat(4.1665795894e-2f));
+  y = fma(y, r, splat(1.6666665459e-1f));
+  y = fma(y, r, splat(5.0000001201e-1f));
+  y = fma(y, r * r, r + splat(1.0f));
+  VI bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits << 23) + 0x3f800000;
+  V scale;
+  std::memcpy(&scale, &bits, sizeof scale);
+  return where_greater(lowest, x, zero(), y * scale);
+}
+
+#else  // no vector extensions: four floats and a compiler that may or may not vectorise them
+
+struct V {
+  float v[kVec];
+};
+#define EM3_LANES for (int i = 0; i < kVec; ++i)
+EM3_INLINE V load(const float* p) { V r; EM3_LANES r.v[i] = p[i]; return r; }
+EM3_INLINE void store(float* p, V a) { EM3_LANES p[i] = a.v[i]; }
+EM3_INLINE V splat(float x) { V r; EM3_LANES r.v[i] = x; return r; }
+EM3_INLINE V zero() { return splat(0.0f); }
+EM3_INLINE V operator+(V a, V b) { EM3_LANES a.v[i] += b.v[i]; return a; }
+EM3_INLINE V operator-(V a, V b) { EM3_LANES a.v[i] -= b.v[i]; return a; }
+EM3_INLINE V operator*(V a, V b) { EM3_LANES a.v[i] *= b.v[i]; return a; }
+EM3_INLINE V fma(V a, V b, V c) { EM3_LANES c.v[i] += a.v[i] * b.v[i]; return c; }
+EM3_INLINE V vmax(V a, V b) { EM3_LANES a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return a; }
+EM3_INLINE bool any_greater(V a, V b) { bool r = false; EM3_LANES r = r || a.v[i] > b.v[i]; return r; }
+EM3_INLINE V where_greater(V a, V b, V yes, V no) { EM3_LANES yes.v[i] = a.v[i] > b.v[i] ? yes.v[i] : no.v[i]; return yes; }
+EM3_INLINE V load_part(const float* p, int n) { V r = zero(); for (int i = 0; i < n; ++i) r.v[i] = p[i]; return r; }
+EM3_INLINE void store_part(float* p, V a, int n) { for (int i = 0; i < n; ++i) p[i] = a.v[i]; }
+EM3_INLINE V vexp(V x) { EM3_LANES x.v[i] = x.v[i] < -87.3f ? 0.0f : ::expf(x.v[i]); return x; }
+#undef EM3_LANES
+
+#endif

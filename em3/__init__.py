@@ -1,0 +1,34 @@
+"""em3: fused kernels that let a click-through ranking loss train a multimodal item encoder.
+
+The dimension letters of the whole project: ``B`` items or users in the batch, ``N`` tokens or history length, ``T``
+all tokens of a jagged batch, ``Q`` queries, ``H`` heads, ``D`` model width, ``E = D / H`` head width, ``C`` width of a
+token stream, ``R`` LoRA rank, ``G`` adapters, ``V`` width of the contrastive space.
+"""
+
+from typing import Any
+
+from . import ops
+from ._version import __version__
+from .jagged import Jagged
+from .layers import QFormerAttention
+from .ops._checks import debug_checks
+from .ops._dispatch import BackendError, set_backend, use_backend
+
+__all__ = [
+    "BackendError",
+    "Jagged",
+    "QFormerAttention",
+    "__version__",
+    "debug_checks",
+    "env_report",
+    "ops",
+    "set_backend",
+    "use_backend",
+]
+
+
+def env_report() -> Any:
+    """What is built, what is usable and why not; ``str()`` of it is the text of ``em3 env``."""
+    from . import env  # not needed by anyone who only computes, so not imported with em3
+
+    return env.env_report()

@@ -1,0 +1,52 @@
+"""The command `em3`. A command is one module with `add_arguments(parser)` and `run(args) -> int`, and one line below.
+
+Only the module of the command that was asked for is imported, so that `em3 env` works where another command's extra
+is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+from ._version import __version__
+
+COMMANDS = {  # name: (module, one line for `em3 --help`)
+    "env": ("em3.env", "what is installed, compiled and usable here, and why the rest is not"),
+}
+
+
+def _command(name: str) -> str:
+    if name in COMMANDS:
+        return name
+    near = difflib.get_close_matches(name, COMMANDS, 1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise argparse.ArgumentTypeError(f"no command {name!r}{hint} (there is {', '.join(COMMANDS)})")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    listing = "\n".join(f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="em3",
+        usage="em3 [-h] [--version] command ...",
+        epilog=f"commands:\n{listing}\n\n`em3 command --help` lists a command's options.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"em3 {__version__}")
+    parser.add_argument("command", type=_command, help="one of those below")
+    # argparse must not look at what follows the command: those options belong to the command's own parser.
+    first = next((i for i, word in enumerate(argv) if not word.startswith("-")), len(argv))
+    name = parser.parse_args(argv[: first + 1]).command
+    module = importlib.import_module(COMMANDS[name][0])
+    of_command = argparse.ArgumentParser(prog=f"em3 {name}", description=COMMANDS[name][1])
+    module.add_arguments(of_command)
+    status: int = module.run(of_command.parse_args(argv[first + 1 :]))
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""``QFormerAttention``: the parameters of one cross-attention from queries to modality streams."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import qformer_attention
+
+
+class QFormerAttention(nn.Module):
+    """Cross-attention of queries ``[Q, D]`` or ``[B, Q, D]`` over one or more token streams under one softmax.
+
+    Args:
+        token_dims: ``C_m`` of each stream.
+        dim: ``D``.
+        num_heads: ``H``; divides ``dim``.
+        bias: whether the four projections have biases.
+        strategy, backend: as in :func:`em3.ops.qformer_attention`.
+
+    Source: cross-attention of the Q-Former (BLIP-2, arXiv 2301.12597).
+    """
+
+    def __init__(self, token_dims: Sequence[int], dim: int, *, num_heads: int, bias: bool = True,
+                 strategy: str = "auto", backend: str | None = None) -> None:  # fmt: skip
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"num_heads: was {num_heads}, must be at least 1 and divide dim {dim}")
+        self.num_heads, self.strategy, self.backend = num_heads, strategy, backend
+        self.w_q = nn.Parameter(torch.empty(dim, dim))
+        self.w_k = nn.ParameterList(torch.empty(dim, c) for c in token_dims)
+        self.w_v = nn.ParameterList(torch.empty(dim, c) for c in token_dims)
+        self.w_o = nn.Parameter(torch.empty(dim, dim))
+        self.b_q = nn.Parameter(torch.empty(dim)) if bias else None
+        self.b_k = nn.ParameterList(torch.empty(dim) for _ in token_dims) if bias else None
+        self.b_v = nn.ParameterList(torch.empty(dim) for _ in token_dims) if bias else None
+        self.b_o = nn.Parameter(torch.empty(dim)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform weights and zero biases, as ``nn.MultiheadAttention`` starts."""
+        for parameter in self.parameters():
+            if parameter.dim() == 2:
+                nn.init.xavier_uniform_(parameter)
+            else:
+                nn.init.zeros_(parameter)
+
+    def forward(self, query: Tensor, streams: Any, masks: Sequence[Tensor | None] | None = None) -> Tensor:
+        """``query [Q, D]`` or ``[B, Q, D]``, ``streams`` and ``masks`` as in the operation -> ``[B, Q, D]``."""
+        return qformer_attention(
+            query, streams, self.w_q, list(self.w_k), list(self.w_v), self.w_o, self.b_q,
+            None if self.b_k is None else list(self.b_k), None if self.b_v is None else list(self.b_v), self.b_o,
+            num_heads=self.num_heads, masks=masks, strategy=self.strategy, backend=self.backend,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        widths = [w.shape[1] for w in self.w_k]
+        return f"token_dims={widths}, dim={self.w_q.shape[0]}, num_heads={self.num_heads}, bias={self.b_q is not None}"

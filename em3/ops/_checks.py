@@ -1,0 +1,118 @@
+"""Checks shared by the operations. Every message names the argument, what it was and what it must be.
+
+Shapes and dtypes are checked in the public functions, where ``torch.compile`` can fold them away. The *content* of
+offsets, row numbers and adapter indices is checked inside the registered operators, before a backend runs: always on
+the CPU; on a GPU only under :func:`debug_checks`, since looking there waits for the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+_debug = False
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@contextlib.contextmanager
+def debug_checks() -> Iterator[None]:
+    """Check the content of offsets and indices on the GPU too, at the price of waiting for the device in each call."""
+    global _debug
+    before, _debug = _debug, True
+    try:
+        yield
+    finally:
+        _debug = before
+
+
+def shape(tensor: Tensor, expected: Sequence[int | str], name: str) -> None:
+    """``expected`` holds sizes, or a dimension's letter where any size will do."""
+    fits = tensor.dim() == len(expected) and all(
+        isinstance(want, str) or size == want for size, want in zip(tensor.shape, expected, strict=True)
+    )
+    if not fits:
+        must = ", ".join(str(want) for want in expected)
+        raise ValueError(f"{name}: was {list(tensor.shape)}, must be [{must}]")
+
+
+def same_device_and_dtype(first_name: str, first: Tensor, others: dict[str, Tensor | None]) -> None:
+    if first.dtype not in FLOATS:
+        must = "torch.float32, torch.bfloat16, torch.float16 or torch.float64"
+        raise ValueError(f"{first_name}: was {first.dtype}, must be {must}")
+    for name, tensor in others.items():
+        if tensor is None:
+            continue
+        if tensor.device != first.device:
+            raise ValueError(f"{name}: was on {tensor.device}, must be on {first.device} like {first_name}")
+        if tensor.dtype != first.dtype:
+            raise ValueError(
+                f"{name}: was {tensor.dtype}, must be {first.dtype} like {first_name} "
+                "(convert it, or call under torch.autocast)"
+            )
+
+
+def same_device(first_name: str, first: Tensor, others: dict[str, Tensor | None]) -> None:
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != first.device:
+            raise ValueError(f"{name}: was on {tensor.device}, must be on {first.device} like {first_name}")
+
+
+def divides(num_heads: int, width: int, name: str) -> None:
+    if num_heads < 1 or width % num_heads:
+        raise ValueError(f"num_heads: was {num_heads}, must be at least 1 and divide the width {width} of {name}")
+
+
+def one_of(value: str, allowed: Sequence[str], name: str) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: was {value!r}, must be one of {', '.join(map(repr, allowed))}")
+
+
+def looks(tensor: Tensor) -> bool:
+    """Whether the content of an index tensor may be looked at."""
+    return tensor.numel() > 0 and (_debug or tensor.device.type == "cpu")
+
+
+def offsets_content(offsets: Tensor, total: int, name: str) -> None:
+    """``offsets`` start at 0, never decrease and stay within ``total`` rows."""
+    if not looks(offsets):
+        return
+    first, last = int(offsets[0]), int(offsets[-1])
+    if first != 0:
+        raise ValueError(f"{name}: began with {first}, must begin with 0")
+    if bool((offsets[1:] < offsets[:-1]).any()):
+        where = int((offsets[1:] < offsets[:-1]).nonzero()[0])
+        raise ValueError(
+            f"{name}: fell from {int(offsets[where])} to {int(offsets[where + 1])} at entry {where + 1}, must not decrease"
+        )
+    if last > total:
+        raise ValueError(f"{name}: ended at {last}, must not run past the {total} rows of the values")
+
+
+def index_content(index: Tensor, low: int, count: int, name: str, of: str) -> None:
+    """Every entry of ``index`` lies in ``low .. count - 1``."""
+    if not looks(index):
+        return
+    smallest, largest = (int(v) for v in torch.aminmax(index))
+    if smallest < low or largest >= count:
+        was = smallest if smallest < low else largest
+        missing = " (-1 = none)" if low == -1 else ""
+        raise ValueError(f"{name}: held {was}, must be from {low}{missing} to {count - 1}, the last {of}")
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Inside an operator the dtypes are settled: autocast must not round a backend's float32 sums."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def autocast(*tensors: Tensor | None, device: torch.device) -> list[Tensor | None]:
+    """The tensors in autocast's dtype where autocast is on for the device, as they are otherwise."""
+    if not torch.is_autocast_enabled(device.type):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device.type)
+    return [t.to(dtype) if t is not None and t.dtype in (torch.float32, torch.bfloat16, torch.float16) else t for t in tensors]

@@ -1,0 +1,127 @@
+"""Which backend serves a call.
+
+One ordered list an operation, fastest first. A backend is one module with the operation's name in the backend's
+package; adding one is one file and one word in ``BACKENDS``: tests, benchmarks and ``em3 env`` read that list.
+
+Such a module has
+
+- ``unavailable() -> None | str``: why it can never work on this machine,
+- ``supports(*args) -> None | str``: why it cannot serve this call,
+- ``wins(*args) -> bool``: whether it is the faster choice for this call (the threshold carries its measurement),
+- ``forward(*args)`` and ``backward(*args)``, the operation itself on checked arguments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import importlib
+import logging
+import os
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+log = logging.getLogger("em3")
+
+BACKENDS: dict[str, tuple[str, ...]] = {
+    "qformer_attention": ("torch",),
+    "lora_linear": ("torch",),
+    "lora_target_attention": ("torch",),
+    "contrastive_loss": ("torch",),
+}
+NAMES = ("auto", *dict.fromkeys(name for names in BACKENDS.values() for name in names))
+
+_PACKAGES = {"cpp": "em3.backends.cpp", "torch": "em3.backends.torch"}
+
+
+class BackendError(RuntimeError):
+    """An explicitly requested backend cannot serve the call; the message says why and what can."""
+
+
+@functools.cache
+def module(op: str, backend: str) -> ModuleType:
+    return importlib.import_module(f"{_PACKAGES[backend]}.{op}")
+
+
+def checked_name(name: str, source: str) -> str:
+    if name not in NAMES:
+        near = difflib.get_close_matches(name, NAMES, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{source}: was {name!r}, must be one of {', '.join(NAMES)}{hint}")
+    return name
+
+
+# A plain global, not a context variable: torch.compile guards on the former and cannot trace the latter.
+_default: str = checked_name(os.environ.get("EM3_BACKEND", "auto") or "auto", "EM3_BACKEND")
+
+
+def set_backend(name: str) -> None:
+    """Ask for one backend in every later call of the process, or ``"auto"`` (the start value, or ``EM3_BACKEND``).
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    global _default
+    _default = checked_name(name, "set_backend")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """``set_backend`` for the length of a ``with`` block. Like it, it holds for all threads of the process."""
+    global _default
+    before = _default
+    _default = checked_name(name, "use_backend")
+    try:
+        yield
+    finally:
+        _default = before
+
+
+def requested(backend: str | None) -> str:
+    """The backend that a call asks for: its own argument, else the process-wide choice."""
+    return _default if backend is None else checked_name(backend, "backend")
+
+
+def choose(op: str, request: str, args: tuple[Any, ...]) -> ModuleType:
+    """The backend's module for this call.
+
+    Raises:
+        BackendError: if a backend was asked for by name and cannot serve the call.
+    """
+    if request != "auto":
+        if request not in BACKENDS[op]:
+            raise BackendError(f"{op} has no backend {request!r}; it has {', '.join(BACKENDS[op])}")
+        chosen = module(op, request)
+        reason = chosen.unavailable() or chosen.supports(*args)
+        if reason is not None:
+            raise BackendError(f"backend {request!r} cannot serve this call of {op}: {reason}")
+        return chosen
+    passed_over = []
+    for name in BACKENDS[op]:
+        candidate = module(op, name)
+        reason = candidate.unavailable() or candidate.supports(*args)
+        if reason is None and candidate.wins(*args):
+            _say_once(op, name, "; ".join(passed_over))
+            return candidate
+        passed_over.append(f"{name}: {reason or 'slower for this shape'}")
+    raise BackendError(f"no backend can serve this call of {op}: {'; '.join(passed_over)}")
+
+
+def serves_projection(op: str, request: str) -> None:
+    """The ``project`` strategy is PyTorch's own attention, whatever the device; refuse it to any other backend."""
+    if request not in ("auto", "torch"):
+        raise BackendError(
+            f"backend {request!r} of {op} serves strategy='absorb' only; use strategy='auto', or backend='torch'"
+        )
+
+
+@functools.cache
+def _say_once(op: str, name: str, passed_over: str) -> None:
+    log.info("%s runs on %r%s", op, name, f" ({passed_over})" if passed_over else "")
+
+
+def report() -> list[tuple[str, str, str | None]]:
+    """``(op, backend, reason it is unusable or None)`` in the order of preference, for ``em3 env``."""
+    return [(op, name, module(op, name).unavailable()) for op, names in BACKENDS.items() for name in names]

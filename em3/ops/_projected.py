@@ -1,0 +1,82 @@
+"""The ``project`` strategy of the two attention operations: keys and values formed, then PyTorch's own attention.
+
+It is the better form when the queries of all heads outnumber the width. Jagged streams are padded after their
+projection; the padded size depends on the data, so a registered operator computes it and ``torch.compile`` can trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _checks
+
+
+class Projected(NamedTuple):
+    """The keys and values of one stream."""
+
+    keys: Tensor  # [B, N, D] or [T, D]
+    values: Tensor  # like keys
+    offsets: Tensor | None  # [B + 1], None = padded
+    mask: Tensor | None  # [B, N] or [T] bool, True = a real token
+
+
+def attend(q: Tensor, streams: Sequence[Projected], batch: int, names: str) -> Tensor:
+    """``q [1 or B, Q, H, E]``, already scaled, over the projected tokens of the streams -> ``[B, Q, D]``."""
+    _, nq, h, e = q.shape
+    padded = [_padded(stream, f"{names}[{i}].offsets") for i, stream in enumerate(streams)]
+    k, v = (torch.cat(side, 1) for side in list(zip(*padded, strict=True))[:2])  # [B, N, D]
+    q = q.transpose(1, 2).expand(batch, h, nq, e)
+    k, v = (t.unflatten(-1, (h, e)).transpose(1, 2) for t in (k, v))  # [B, H, N, E]
+    if k.shape[2] == 0:
+        out = (q @ k.transpose(2, 3)) @ v  # zeros, and a graph in which every argument has its zero gradient
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=_joined(padded), scale=1.0)
+    return out.transpose(1, 2).reshape(batch, nq, h * e)
+
+
+def _padded(stream: Projected, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys and values ``[B, N, D]`` and their mask ``[B, N]`` (None = all real)."""
+    keys, values, offsets, mask = stream
+    if offsets is None:
+        return keys, values, mask
+    if keys.shape[0] == 0:
+        empty = (offsets.shape[0] - 1, 0, keys.shape[1])
+        return keys.reshape(empty), values.reshape(empty), None
+    index, present = torch.ops.em3.jagged_index(offsets, keys.shape[0], name)
+    rows = index.reshape(-1)
+    k, v = (t.index_select(0, rows).view(*index.shape, t.shape[1]) for t in (keys, values))
+    return k, v, present if mask is None else present & mask[rows].view(index.shape)
+
+
+def _joined(padded: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> Tensor | None:
+    """The masks of all streams side by side ``[B, 1, 1, N]``; None if every token is real."""
+    if all(mask is None for _, _, mask in padded):
+        return None
+    full = [k.new_ones(k.shape[:2], dtype=torch.bool) if mask is None else mask for k, _, mask in padded]
+    return torch.cat(full, 1)[:, None, None, :]
+
+
+torch.library.define("em3::jagged_index", "(Tensor offsets, SymInt total, str name) -> (Tensor index, Tensor present)")
+
+
+@torch.library.impl("em3::jagged_index", "default")
+def _jagged_index(offsets, total, name):
+    """Row numbers ``[B, N]`` (0 where there is no row), ``N`` = the longest item but at least 1; and which are real."""
+    _checks.offsets_content(offsets, total, name)
+    lengths = offsets.diff()
+    longest = max(1, int(lengths.max())) if lengths.numel() else 1
+    step = torch.arange(longest, device=offsets.device)
+    index = offsets[:-1, None] + step
+    present = (step < lengths[:, None]) & (index >= 0) & (index < total)
+    return index.masked_fill(~present, 0), present
+
+
+@torch.library.register_fake("em3::jagged_index")
+def _jagged_index_fake(offsets, total, name):
+    shape = (offsets.shape[0] - 1, torch.library.get_ctx().new_dynamic_size(min=1))
+    return offsets.new_empty(shape), offsets.new_empty(shape, dtype=torch.bool)

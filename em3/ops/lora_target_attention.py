@@ -1,0 +1,243 @@
+"""``lora_target_attention``: a target reads a long, LoRA-adapted history. Public function, cost model, operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..jagged import split_jagged
+from . import _checks, _dispatch, _projected
+from .lora_linear import lora_linear
+
+STRATEGIES = ("auto", "absorb", "project")
+Lora = tuple[Tensor, Tensor, float]  # A [R, C], B [D, R], scaling
+
+
+def lora_target_attention(target: Tensor, history: Any, bank: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor,
+                          w_o: Tensor, *, lora_k: Lora | None = None, lora_v: Lora | None = None, num_heads: int,
+                          strategy: str = "auto", backend: str | None = None) -> Tensor:  # fmt: skip
+    """Multi-head attention of target items over the content embeddings of the items in a user's history.
+
+    With ``x_t = bank[history_t]``, ``q = target w_q^T``, ``k_t = x_t (w_k + s_k B_k A_k)^T`` and
+    ``v_t = x_t (w_v + s_v B_v A_v)^T``::
+
+        out = concat_h(softmax(q_h k_h^T / sqrt(D / H)) v_h) w_o^T
+
+    ``strategy="absorb"`` folds the adapted key projection into the target's query, reads each history row once and
+    projects what was read: no row of the history is ever projected. ``"project"`` is the formula as written, and the
+    cheaper one when many targets (``H * M`` beyond the width) read one history. ``"auto"`` asks the cost model.
+
+    A user without history gets zeros and zero gradient.
+
+    Args:
+        target: ``[B, D]``, or ``[B, M, D]`` for ``M`` candidates that share the user's history.
+        history: row numbers into ``bank``, int64 or int32: padded ``[B, N]`` with -1 for no item, or jagged
+            (``em3.Jagged`` and the like) with values ``[T]``; -1 there means an item that is missing.
+        bank: ``[n, C]`` content embeddings; may be of another floating-point dtype than the rest.
+        w_q, w_o: ``[D, D]``.
+        w_k, w_v: ``[D, C]``.
+        lora_k, lora_v: ``(A [R, C], B [D, R], scaling)`` or None.
+        num_heads: ``H``; divides ``D``.
+        strategy: ``"auto"``, ``"absorb"`` or ``"project"``.
+        backend: ``"auto"`` or a backend's name; the process-wide choice (``em3.set_backend``) by default.
+
+    Returns:
+        Shaped like ``target``, of its dtype (under autocast: of its dtype). Gradients flow to every floating-point
+        argument that requires them, to ``bank`` as a dense tensor, and cost nothing for the others.
+
+    Raises:
+        ValueError: naming the argument, what it was and what it must be. On a GPU a row number outside the bank raises
+            only under ``em3.debug_checks()``; otherwise it counts as missing.
+        em3.BackendError: if the backend asked for cannot serve the call.
+
+    Source: target attention of DIN (Zhou et al., arXiv 1706.06978) in multi-head form, over cached content embeddings
+    adapted by LoRA (Hu et al., arXiv 2106.09685) as in EM3 (arXiv 2404.06078).
+    """
+    ids, offsets, batch = _parse(history)
+    loras = [None if lora is None else _parse_lora(lora, name) for lora, name in ((lora_k, "lora_k"), (lora_v, "lora_v"))]
+    target, w_q, w_k, w_v, w_o, *low = _checks.autocast(
+        target, w_q, w_k, w_v, w_o, *(t for lora in loras for t in (lora or (None, None))[:2]), device=target.device
+    )  # type: ignore[assignment]
+    lora_k, lora_v = (None if g is None else (a, b, g[2]) for g, a, b in zip(loras, low[::2], low[1::2], strict=True))
+    _check(target, ids, offsets, bank, batch, w_q, w_k, w_v, w_o, lora_k, lora_v, num_heads)
+    _checks.one_of(strategy, STRATEGIES, "strategy")
+
+    request = _dispatch.requested(backend)
+    targets = target if target.dim() == 3 else target[:, None]  # [B, M, D]
+    m, d = targets.shape[1:]
+    q = F.linear(targets, w_q).view(batch, m, num_heads, d // num_heads) * (d // num_heads) ** -0.5
+    if strategy == "auto":
+        strategy = cheaper(ids.numel(), bank, m, num_heads, d) if request in ("auto", "torch") else "absorb"
+    if strategy == "project":
+        _dispatch.serves_projection("lora_target_attention", request)
+        out = _projected_form(q, ids, offsets, bank, w_k, w_v, lora_k, lora_v)
+    else:
+        out = _absorbed_form(q, ids, offsets, bank, w_k, w_v, lora_k, lora_v, request)
+    out = F.linear(out, w_o)
+    return out if target.dim() == 3 else out[:, 0]
+
+
+def cheaper(tokens: int, bank: Tensor, m: int, h: int, d: int) -> str:
+    """The cost model: multiply-adds of a training step with frozen base weights, in either form.
+
+    Absorbing costs five products of ``[H M, C]`` with the history's rows. Projecting costs two projections of the rows
+    of the history or of the bank, whichever are fewer, and seven products of ``[M, D]`` with keys or values.
+    """
+    n, c = bank.shape
+    absorb = 5 * tokens * h * m * c
+    project = 2 * min(tokens, n) * c * d + 7 * tokens * m * d
+    return "absorb" if absorb <= project else "project"
+
+
+def _absorbed_form(q: Tensor, ids: Tensor, offsets: Tensor | None, bank: Tensor, w_k: Tensor, w_v: Tensor,
+                   lora_k: Lora | None, lora_v: Lora | None, request: str) -> Tensor:  # fmt: skip
+    batch, m, h, e = q.shape
+    rows = q.permute(2, 0, 1, 3).reshape(h, batch * m, e)  # [H, B * M, E]
+    u = torch.bmm(rows, w_k.view(h, e, -1))  # [H, B * M, C]
+    if lora_k is not None:  # kept apart from w_k: in bf16 their sum would round small updates away
+        a, b, scaling = lora_k
+        u = u + scaling * (torch.bmm(rows, b.view(h, e, -1)) @ a)
+    y, _ = torch.ops.em3.lora_target_attention(u.view(h, batch, m, -1), ids, offsets, bank, request)
+    y = y.view(h, batch * m, -1)
+    out = torch.bmm(y, w_v.view(h, e, -1).transpose(1, 2))  # [H, B * M, E]
+    if lora_v is not None:
+        a, b, scaling = lora_v
+        out = out + scaling * torch.bmm(y @ a.t(), b.view(h, e, -1).transpose(1, 2))
+    return out.view(h, batch, m, e).permute(1, 2, 0, 3).reshape(batch, m, h * e)
+
+
+def _projected_form(q: Tensor, ids: Tensor, offsets: Tensor | None, bank: Tensor, w_k: Tensor, w_v: Tensor,
+                    lora_k: Lora | None, lora_v: Lora | None) -> Tensor:  # fmt: skip
+    rows, mask = torch.ops.em3.bank_rows(ids, bank.shape[0])
+    whole = bank.shape[0] < ids.numel()  # project each row of the bank once, then look the projections up
+    x = (bank if whole else _looked_up(bank, rows)).to(q.dtype)
+    k, v = (
+        F.linear(x, w) if lora is None else lora_linear(x, w, None, lora[0], lora[1], scaling=lora[2], backend="torch")
+        for w, lora in ((w_k, lora_k), (w_v, lora_v))
+    )
+    if whole:
+        k, v = _looked_up(k, rows), _looked_up(v, rows)
+    return _projected.attend(q, [_projected.Projected(k, v, offsets, mask)], q.shape[0], "history")
+
+
+def _looked_up(table: Tensor, rows: Tensor) -> Tensor:
+    if table.shape[0] == 0:  # nothing to read: every row is masked, so one row of zeros stands in for them
+        table = F.pad(table, (0, 0, 0, 1))
+    return table.index_select(0, rows.reshape(-1)).view(*rows.shape, table.shape[1])
+
+
+def _parse(history: Any) -> tuple[Tensor, Tensor | None, int]:
+    """Row numbers ``[B, N]`` or ``[T]``, offsets of a jagged history, and ``B``."""
+    jagged = split_jagged(history, "history")
+    ids, offsets = (history, None) if jagged is None else jagged
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"history: was {ids.dtype}, must be torch.int64 or torch.int32 row numbers")
+    if ids.dim() != (2 if offsets is None else 1):
+        must = "padded [B, N] with -1 for no item, or jagged with values [T]"
+        raise ValueError(f"history: was {list(ids.shape)}, must be {must}")
+    return ids.long(), offsets, ids.shape[0] if offsets is None else offsets.shape[0] - 1
+
+
+def _parse_lora(lora: Any, name: str) -> Lora:
+    if not isinstance(lora, (tuple, list)) or len(lora) != 3:
+        raise ValueError(f"{name}: was {type(lora).__name__}, must be (A [R, C], B [D, R], scaling) or None")
+    return lora[0], lora[1], lora[2]
+
+
+def _check(target: Tensor, ids: Tensor, offsets: Tensor | None, bank: Tensor, batch: int, w_q: Tensor, w_k: Tensor,
+           w_v: Tensor, w_o: Tensor, lora_k: Lora | None, lora_v: Lora | None, num_heads: int) -> None:  # fmt: skip
+    if target.dim() not in (2, 3) or target.shape[0] != batch:
+        raise ValueError(f"target: was {list(target.shape)}, must be [{batch}, D] or [{batch}, M, D] like history")
+    if bank.dim() != 2:
+        raise ValueError(f"bank: was {list(bank.shape)}, must be [n, C]")
+    if bank.dtype not in _checks.FLOATS:
+        raise ValueError(f"bank: was {bank.dtype}, must be a floating-point dtype")
+    d, c = target.shape[-1], bank.shape[1]
+    _checks.divides(num_heads, d, "target")
+    for name, tensor, shape in (("w_q", w_q, [d, d]), ("w_k", w_k, [d, c]), ("w_v", w_v, [d, c]), ("w_o", w_o, [d, d])):
+        _checks.shape(tensor, shape, name)
+    named: dict[str, Tensor | None] = {"w_q": w_q, "w_k": w_k, "w_v": w_v, "w_o": w_o}
+    for name, lora in (("lora_k", lora_k), ("lora_v", lora_v)):
+        if lora is not None:
+            _checks.shape(lora[0], ["R", c], f"{name}[0] (A)")
+            _checks.shape(lora[1], [d, lora[0].shape[0]], f"{name}[1] (B)")
+            named |= {f"{name}[0] (A)": lora[0], f"{name}[1] (B)": lora[1]}
+    _checks.same_device_and_dtype("target", target, named)
+    _checks.same_device("target", target, {"bank": bank, "history": ids, "history.offsets": offsets})
+
+
+# The registered operator is the part between the projections: for the row r = (h, m) of a user,
+#   s[r, t] = u[r] . bank[history[t]];  p = softmax_t s;  y[r] = sum_t p bank[history[t]];  lse[r] = logsumexp_t s.
+torch.library.define(
+    "em3::lora_target_attention",
+    "(Tensor u, Tensor history, Tensor? offsets, Tensor bank, str backend) -> (Tensor y, Tensor lse)",
+)
+torch.library.define(
+    "em3::lora_target_attention_backward",
+    "(Tensor dy, Tensor u, Tensor history, Tensor? offsets, Tensor bank, Tensor y, Tensor lse, bool need_u,"
+    " bool need_bank, str backend) -> (Tensor du, Tensor dbank)",
+)
+torch.library.define("em3::bank_rows", "(Tensor history, SymInt rows) -> (Tensor rows, Tensor present)")
+
+
+@torch.library.impl("em3::lora_target_attention", "default")
+def _forward(u, history, offsets, bank, backend):
+    _checks.index_content(history, -1, bank.shape[0], "history", "row of the bank")
+    if offsets is not None:
+        _checks.offsets_content(offsets, history.shape[0], "history.offsets")
+    args = (u, history, offsets, bank)
+    with _checks.no_autocast(u.device):
+        return _dispatch.choose("lora_target_attention", backend, args).forward(*args)
+
+
+@torch.library.impl("em3::lora_target_attention_backward", "default")
+def _backward(dy, u, history, offsets, bank, y, lse, need_u, need_bank, backend):
+    chosen = _dispatch.choose("lora_target_attention", backend, (u, history, offsets, bank))
+    with _checks.no_autocast(u.device):
+        return chosen.backward(dy, u, history, offsets, bank, y, lse, need_u, need_bank)
+
+
+@torch.library.impl("em3::bank_rows", "default")
+def _bank_rows(history, rows):
+    """Row numbers that are safe to read, and which of them are real."""
+    _checks.index_content(history, -1, rows, "history", "row of the bank")
+    present = (history >= 0) & (history < rows)
+    return history.masked_fill(~present, 0), present
+
+
+@torch.library.register_fake("em3::lora_target_attention")
+def _forward_fake(u, history, offsets, bank, backend):
+    wide = torch.float64 if u.dtype == torch.float64 else torch.float32
+    return u.new_empty(u.shape), u.new_empty(u.shape[:3], dtype=wide)
+
+
+@torch.library.register_fake("em3::lora_target_attention_backward")
+def _backward_fake(dy, u, history, offsets, bank, y, lse, need_u, need_bank, backend):
+    return u.new_empty(u.shape), bank.new_empty(bank.shape if need_bank else (0,))
+
+
+@torch.library.register_fake("em3::bank_rows")
+def _bank_rows_fake(history, rows):
+    return torch.empty_like(history), torch.empty_like(history, dtype=torch.bool)
+
+
+def _setup_context(ctx, inputs, output):
+    u, history, offsets, bank, backend = inputs
+    y, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.backend = backend
+    ctx.save_for_backward(u, history, offsets, bank, y, lse)
+
+
+def _autograd(ctx, dy, _):
+    need_u, _, _, need_bank, _ = ctx.needs_input_grad
+    du, dbank = torch.ops.em3.lora_target_attention_backward(
+        dy.contiguous(), *ctx.saved_tensors, need_u, need_bank, ctx.backend
+    )
+    return du if need_u else None, None, None, dbank if need_bank else None, None
+
+
+torch.library.register_autograd("em3::lora_target_attention", _autograd, setup_context=_setup_context)

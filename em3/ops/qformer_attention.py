@@ -1,0 +1,264 @@
+"""``qformer_attention``: a few learned queries read many tokens. Public function, cost model, registered operator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..jagged import Stream, parse_stream
+from . import _checks, _dispatch, _projected
+
+STRATEGIES = ("auto", "absorb", "project")
+
+
+def qformer_attention(query: Tensor, streams: Any, w_q: Tensor, w_k: Sequence[Tensor], w_v: Sequence[Tensor],
+                      w_o: Tensor, b_q: Tensor | None = None, b_k: Sequence[Tensor | None] | None = None,
+                      b_v: Sequence[Tensor | None] | None = None, b_o: Tensor | None = None, *, num_heads: int,
+                      masks: Sequence[Tensor | None] | None = None, scale: float | None = None,
+                      strategy: str = "auto", backend: str | None = None) -> Tensor:  # fmt: skip
+    """Multi-head cross-attention of ``Q`` queries over the tokens of one or more modality streams.
+
+    With ``q = query w_q^T + b_q``, ``k_m = x_m w_k[m]^T + b_k[m]`` and ``v_m = x_m w_v[m]^T + b_v[m]``, one softmax a
+    head over all tokens of all streams of an item::
+
+        out = concat_h(softmax(scale * q_h [k_1h .. k_Mh]^T) [v_1h .. v_Mh]) w_o^T + b_o
+
+    ``strategy="absorb"`` never forms keys and values: it folds ``w_k`` into the queries, attends over the raw tokens
+    and applies ``w_v`` to what was read, at about ``H * Q / D`` of the cost for long sequences. ``"project"`` is the
+    formula as written. ``"auto"`` asks the cost model for the cheaper one.
+
+    An item without a token in any stream gets zero attention, so its output is ``b_o``, and zero gradient.
+
+    Args:
+        query: ``[Q, D]``, shared by all items, or ``[B, Q, D]``.
+        streams: one stream or a sequence of ``M``: padded ``[B, N, C_m]``, or jagged (``em3.Jagged``,
+            ``torch.nested`` in the jagged layout, anything with ``.values()`` and ``.offsets()``).
+        w_q, w_o: ``[D, D]``.
+        w_k, w_v: one ``[D, C_m]`` a stream.
+        b_q, b_o: ``[D]`` or None.
+        b_k, b_v: one ``[D]`` or None a stream, or None.
+        num_heads: ``H``; divides ``D``.
+        masks: one boolean ``[B, N]`` (True = a real token) or None a stream, or None. Jagged streams take none.
+        scale: factor of the scores, ``1 / sqrt(D / H)`` by default.
+        strategy: ``"auto"``, ``"absorb"`` or ``"project"``.
+        backend: ``"auto"`` or a backend's name; the process-wide choice (``em3.set_backend``) by default.
+
+    Returns:
+        ``[B, Q, D]``, of the inputs' dtype (under autocast: of its dtype). float32, bfloat16, float16 or float64.
+        Gradients flow to every floating-point argument that requires them, and cost nothing for the others.
+
+    Raises:
+        ValueError: naming the argument, what it was and what it must be.
+        em3.BackendError: if the backend asked for cannot serve the call.
+
+    Source: cross-attention of the Q-Former (Li et al., "BLIP-2", arXiv 2301.12597, section 3.1), used as the
+    Fusion-Q-Former by EM3 (arXiv 2404.06078).
+    """
+    parsed = _parse(streams, masks, w_k, w_v)
+    wk, wv = _per_stream(w_k, "w_k", len(parsed)), _per_stream(w_v, "w_v", len(parsed))
+    bk, bv = _per_stream(b_k, "b_k", len(parsed)), _per_stream(b_v, "b_v", len(parsed))
+    query, w_q, w_o, b_q, b_o, *rest = _checks.autocast(
+        query, w_q, w_o, b_q, b_o, *(s.values for s in parsed), *wk, *wv, *bk, *bv, device=query.device
+    )  # type: ignore[assignment]
+    m = len(parsed)
+    parsed = [s._replace(values=x) for s, x in zip(parsed, rest[:m], strict=True)]
+    wk, wv, bk, bv = rest[m : 2 * m], rest[2 * m : 3 * m], rest[3 * m : 4 * m], rest[4 * m :]
+    batch = _check(query, parsed, w_q, wk, wv, w_o, b_q, bk, bv, b_o, num_heads)
+    _checks.one_of(strategy, STRATEGIES, "strategy")
+
+    request = _dispatch.requested(backend)
+    d = w_q.shape[0]
+    q = F.linear(query, w_q, b_q).view(-1, query.shape[-2], num_heads, d // num_heads)  # [1 or B, Q, H, E]
+    q = q * ((d // num_heads) ** -0.5 if scale is None else scale)
+    if strategy == "auto":
+        strategy = cheaper(parsed, query.shape[-2], num_heads, d) if request in ("auto", "torch") else "absorb"
+    if strategy == "project":
+        _dispatch.serves_projection("qformer_attention", request)
+        projected = [
+            _projected.Projected(F.linear(s.values, wk[i], bk[i]), F.linear(s.values, wv[i], bv[i]), s.offsets, s.mask)
+            for i, s in enumerate(parsed)
+        ]
+        out = _projected.attend(q, projected, batch, "streams")
+    else:
+        out = _absorbed(q, parsed, wk, wv, bk, bv, batch, request)
+    return F.linear(out, w_o, b_o)
+
+
+def cheaper(streams: Sequence[Stream], q: int, h: int, d: int) -> str:
+    """The cost model: multiply-adds of a training step in either form.
+
+    Absorbing costs five products of ``[H Q, C]`` with an item's tokens, and two of the reads with ``w_v``; projecting
+    costs the two projections forward and backward (the tokens are taken as frozen, the usual case), and seven
+    products of ``[Q, D]`` with the keys or values.
+    """
+    absorb = project = 0
+    for stream in streams:
+        c = stream.values.shape[-1]
+        batch = stream.items
+        tokens = stream.values.shape[0] * (stream.values.shape[1] if stream.offsets is None else 1)
+        absorb += 5 * tokens * h * q * c + 3 * batch * q * c * d
+        project += 4 * tokens * c * d + 7 * tokens * q * d
+    return "absorb" if absorb <= project else "project"
+
+
+def _absorbed(q: Tensor, streams: Sequence[Stream], w_k: Sequence[Tensor], w_v: Sequence[Tensor],
+              b_k: Sequence[Tensor | None], b_v: Sequence[Tensor | None], batch: int, request: str) -> Tensor:  # fmt: skip
+    bu, nq, h, e = q.shape
+    rows = q.permute(2, 0, 1, 3).reshape(h, bu * nq, e)  # [H, Bu * Q, E]
+    u = [torch.bmm(rows, w.view(h, e, -1)).view(h, bu, nq, -1) for w in w_k]  # [H, Bu, Q, C_m]
+    c = _score_offsets(rows, b_k, h, e)
+    y, mass, _ = torch.ops.em3.qformer_attention(
+        u, None if c is None else c.view(-1, h, bu, nq), [s.values for s in streams], [s.offsets for s in streams],
+        [s.mask for s in streams], batch, request,
+    )  # fmt: skip
+    out = sum(torch.bmm(r.view(h, batch * nq, -1), w.view(h, e, -1).transpose(1, 2)) for r, w in zip(y, w_v, strict=True))
+    for m, bias in enumerate(b_v):
+        if bias is not None:
+            out = out + mass[m].reshape(h, -1, 1).to(out.dtype) * bias.view(h, 1, e)
+    return out.view(h, batch, nq, e).permute(1, 2, 0, 3).reshape(batch, nq, h * e)
+
+
+def _score_offsets(rows: Tensor, b_k: Sequence[Tensor | None], h: int, e: int) -> Tensor | None:
+    """``q . b_k`` of each stream, ``[M, H, Bu * Q]`` in the accumulation dtype; None if there are no key biases."""
+    if all(bias is None for bias in b_k):
+        return None
+    wide = rows if rows.dtype == torch.float64 else rows.float()
+    zero = wide.new_zeros(wide.shape[:2])
+    # A product and a sum rather than bmm, which autocast would round to its own dtype.
+    return torch.stack([zero if b is None else (wide * b.to(wide.dtype).view(h, 1, e)).sum(-1) for b in b_k])
+
+
+def _per_stream(given: Any, name: str, count: int) -> list:
+    if given is None:
+        return [None] * count
+    if isinstance(given, Tensor):
+        given = [given]
+    if len(given) != count:
+        raise ValueError(f"{name}: held {len(given)} entries, must hold one for each of the {count} streams")
+    return list(given)
+
+
+def _parse(streams: Any, masks: Any, w_k: Any, w_v: Any) -> list[Stream]:
+    sources = list(streams) if isinstance(streams, (list, tuple)) else [streams]
+    if not sources:
+        raise ValueError("streams: was empty, must hold at least one stream")
+    given = _per_stream(masks, "masks", len(sources))
+    return [parse_stream(s, m, f"streams[{i}]", f"masks[{i}]") for i, (s, m) in enumerate(zip(sources, given, strict=True))]
+
+
+def _check(query: Tensor, streams: Sequence[Stream], w_q: Tensor, w_k: Sequence[Tensor], w_v: Sequence[Tensor],
+           w_o: Tensor, b_q: Tensor | None, b_k: Sequence[Tensor | None], b_v: Sequence[Tensor | None],
+           b_o: Tensor | None, num_heads: int) -> int:  # fmt: skip
+    """Everything that shapes, dtypes and devices can show; returns ``B``."""
+    batch = streams[0].items
+    if query.dim() not in (2, 3):
+        raise ValueError(f"query: was {list(query.shape)}, must be [Q, D] or [B, Q, D]")
+    d = query.shape[-1]
+    if query.dim() == 3:
+        _checks.shape(query, [batch, "Q", d], "query")
+    _checks.divides(num_heads, d, "query")
+    named: dict[str, tuple[Tensor | None, list[int | str]]] = {
+        "w_q": (w_q, [d, d]), "w_o": (w_o, [d, d]), "b_q": (b_q, [d]), "b_o": (b_o, [d]),
+    }  # fmt: skip
+    for i, stream in enumerate(streams):
+        width = stream.values.shape[-1]
+        if stream.items != batch:
+            raise ValueError(f"streams[{i}]: had {stream.items} items, must have {batch} like streams[0]")
+        named |= {f"w_k[{i}]": (w_k[i], [d, width]), f"w_v[{i}]": (w_v[i], [d, width]),
+                  f"b_k[{i}]": (b_k[i], [d]), f"b_v[{i}]": (b_v[i], [d])}  # fmt: skip
+    for name, (tensor, expected) in named.items():
+        if tensor is not None:
+            _checks.shape(tensor, expected, name)
+    values = {f"streams[{i}]": s.values for i, s in enumerate(streams)}
+    _checks.same_device_and_dtype("query", query, values | {name: t for name, (t, _) in named.items()})
+    indices = {f"streams[{i}].offsets": s.offsets for i, s in enumerate(streams)}
+    _checks.same_device("query", query, indices | {f"masks[{i}]": s.mask for i, s in enumerate(streams)})
+    return batch
+
+
+# The registered operator is the part between the projections, which are ordinary matrix products:
+#   s[r, t] = u_m[r] . x_m[t] + c_m[r];  p = softmax over the item's tokens of all streams;  y_m[r] = sum_t p x_m[t];
+#   mass_m[r] = sum_t p;  lse[r] = logsumexp_t s, for the H * Q rows r of every item.
+# An item without tokens has y = 0, mass = 0, lse = -inf.
+torch.library.define(
+    "em3::qformer_attention",
+    "(Tensor[] u, Tensor? c, Tensor[] values, Tensor?[] offsets, Tensor?[] masks, SymInt batch, str backend)"
+    " -> (Tensor[] y, Tensor mass, Tensor lse)",
+)
+torch.library.define(
+    "em3::qformer_attention_backward",
+    "(Tensor[] dy, Tensor? dmass, Tensor[] u, Tensor? c, Tensor[] values, Tensor?[] offsets, Tensor?[] masks,"
+    " Tensor[] y, Tensor mass, Tensor lse, bool need_u, bool[] need_values, str backend)"
+    " -> (Tensor[] du, Tensor dc, Tensor[] dvalues)",
+)
+
+
+@torch.library.impl("em3::qformer_attention", "default")
+def _forward(u, c, values, offsets, masks, batch, backend):
+    for m, bounds in enumerate(offsets):
+        if bounds is not None:
+            _checks.offsets_content(bounds, values[m].shape[0], f"streams[{m}].offsets")
+    args = (u, c, values, offsets, masks, batch)
+    with _checks.no_autocast(values[0].device):
+        return _dispatch.choose("qformer_attention", backend, args).forward(*args)
+
+
+@torch.library.impl("em3::qformer_attention_backward", "default")
+def _backward(dy, dmass, u, c, values, offsets, masks, y, mass, lse, need_u, need_values, backend):
+    chosen = _dispatch.choose("qformer_attention", backend, (u, c, values, offsets, masks, lse.shape[1]))
+    with _checks.no_autocast(lse.device):
+        return chosen.backward(dy, dmass, u, c, values, offsets, masks, y, mass, lse, need_u, need_values)
+
+
+@torch.library.register_fake("em3::qformer_attention")
+def _forward_fake(u, c, values, offsets, masks, batch, backend):
+    h, _, q, _ = u[0].shape
+    wide = torch.float64 if u[0].dtype == torch.float64 else torch.float32
+    y = [x.new_empty(h, batch, q, x.shape[-1]) for x in values]
+    return y, u[0].new_empty(len(u), h, batch, q, dtype=wide), u[0].new_empty(h, batch, q, dtype=wide)
+
+
+@torch.library.register_fake("em3::qformer_attention_backward")
+def _backward_fake(dy, dmass, u, c, values, offsets, masks, y, mass, lse, need_u, need_values, backend):
+    dc = lse.new_empty(len(u), *u[0].shape[:3])
+    dvalues = [x.new_empty(x.shape if need else (0,)) for x, need in zip(values, need_values, strict=True)]
+    return [x.new_empty(x.shape) for x in u], dc, dvalues
+
+
+def _setup_context(ctx, inputs, output):
+    u, c, values, offsets, masks, _, backend = inputs
+    y, mass, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.m, ctx.backend = len(u), backend
+    ctx.save_for_backward(*u, *values, *y, *offsets, *masks, c, mass, lse)
+
+
+def _autograd(ctx, dy, dmass, _):
+    m, saved = ctx.m, ctx.saved_tensors
+    u, values, y, offsets, masks = (list(saved[i * m : (i + 1) * m]) for i in range(5))
+    c, mass, lse = saved[5 * m :]
+    need = ctx.needs_input_grad
+    dy = [torch.zeros_like(r) if g is None else g.contiguous() for g, r in zip(dy, y, strict=True)]
+    dmass = None if dmass is None else dmass.contiguous()
+    need_u = any(need[0]) or need[1]
+    du, dc, dvalues = torch.ops.em3.qformer_attention_backward(
+        dy, dmass, u, c, values, offsets, masks, y, mass, lse, need_u, list(need[2]), ctx.backend
+    )
+    return (
+        [g if n else None for g, n in zip(du, need[0], strict=True)], dc if need[1] else None,
+        [g if n else None for g, n in zip(dvalues, need[2], strict=True)],
+        _no_gradient(offsets), _no_gradient(masks), None, None,
+    )  # fmt: skip
+
+
+def _no_gradient(given):
+    """What register_autograd wants back for a ``Tensor?[]``: it takes a list apart only if it is full of tensors."""
+    return None if any(t is None for t in given) else [None] * len(given)
+
+
+torch.library.register_autograd("em3::qformer_attention", _autograd, setup_context=_setup_context)

@@ -1,0 +1,9 @@
+"""The oracle of every test: each operation in plain PyTorch, in the formulation of the textbooks, short and slow.
+
+Nothing here is tiled, absorbed or fused; differentiate it with autograd, and run it in float64 for the truth.
+"""
+
+from . import padding
+from .qformer_attention import qformer_attention
+
+__all__ = ["padding", "qformer_attention"]

@@ -1,0 +1,23 @@
+"""Triton kernels and their launchers: one file an op, named as in em3/ops, with its tuning table (JSON) beside it.
+
+The folder lies at the top of the source tree and is installed as `em3.kernels`. Nothing here imports Triton at
+import time, so that `import em3` stays quick and works where Triton is missing; a launcher imports it when called.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+
+def why_not() -> str | None:
+    """None where Triton kernels can run in this process, else the reason."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":  # the interpreter needs no GPU
+        return None
+    import torch
+
+    if not torch.cuda.is_available():
+        return "no GPU is available to torch (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"
+    return None

@@ -1,0 +1,36 @@
+"""Fresh random inputs in every run, and a seed that brings them back: ``EM3_TEST_SEED=... pytest``."""
+
+from __future__ import annotations
+
+import os
+import random
+import zlib
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("em3", deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+settings.load_profile("em3")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Workers of pytest-xdist inherit the controller's seed through the environment.
+    os.environ.setdefault("EM3_TEST_SEED", str(random.SystemRandom().randrange(2**31)))
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"EM3_TEST_SEED={os.environ['EM3_TEST_SEED']} (set it to repeat this run's inputs)"
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """A seed of its own for each test, drawn from the run's; torch's generator starts there."""
+    value = zlib.crc32(f"{os.environ['EM3_TEST_SEED']}/{request.node.nodeid}".encode())
+    torch.manual_seed(value)
+    return value
+
+
+@pytest.fixture(autouse=True)
+def _seeded(seed: int) -> None:
+    """Every test starts from its own seed."""

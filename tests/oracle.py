@@ -1,0 +1,128 @@
+"""How every backend of every operation is held against the reference in float64 (docs/design.md, Numerics)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from em3.ops import _dispatch
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def backends(op: str) -> list[Any]:
+    """The operation's backends as pytest parameters; one that cannot work here is skipped, saying why."""
+    params = []
+    for name in _dispatch.BACKENDS[op]:
+        reason = _dispatch.module(op, name).unavailable()
+        params.append(pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}")))
+    return params
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Every ``torch.empty`` comes filled with NaN (the largest number for integers), so an unwritten element shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def convert(value: Any, dtype: torch.dtype) -> Any:
+    """A copy of a nest of lists and dicts with every floating-point leaf in ``dtype``; leaves keep requires_grad."""
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            return value
+        return value.detach().to(dtype, copy=True).requires_grad_(value.requires_grad)
+    if isinstance(value, dict):
+        return {k: convert(v, dtype) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(convert(v, dtype) for v in value)
+    return value
+
+
+def leaves(value: Any) -> list[Tensor]:
+    """The tensors of a nest that require a gradient, in order."""
+    if isinstance(value, Tensor):
+        return [value] if value.requires_grad else []
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [t for v in value for t in leaves(v)] if isinstance(value, (list, tuple)) else []
+
+
+def run(fn: Callable[..., Tensor], args: dict[str, Any], seed: int) -> list[Tensor]:
+    """``fn(**args)`` and the gradient of every leaf of ``args``, for a random gradient that ``seed`` fixes."""
+    out = fn(**args)
+    generator = torch.Generator().manual_seed(seed)
+    grad = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
+    return [out.detach(), *torch.autograd.grad(out, leaves(args), grad)]
+
+
+def relative_error(got: Tensor, want: Tensor, scale: float = 0.0) -> float:
+    """``||got - want|| / ||want||``; NaN anywhere gives NaN, which no comparison passes. ``scale`` floors the divisor."""
+    assert got.shape == want.shape, f"shape {list(got.shape)}, expected {list(want.shape)}"
+    got, want = got.double(), want.double()
+    return float((got - want).norm() / max(float(want.norm()), scale, 1e-30))
+
+
+def check(fn: Callable[..., Tensor], reference: Callable[..., Tensor], args: dict[str, Any], dtype: torch.dtype,
+          seed: int = 0) -> None:  # fmt: skip
+    """``fn`` in ``dtype`` against ``reference`` in float64 on the same (already rounded) inputs, values and gradients.
+
+    float32 to 1e-5, float64 to 1e-11, the half types to twice the error that the reference itself makes in that type
+    (its error in this tensor, or its root mean square over all of them: in one small tensor it may be lucky).
+    A gradient that is zero by mathematics (a key bias under one softmax, the queries of an item with one token) has no
+    norm to be measured by; so no gradient is asked to be better than the same share of a tenth of the largest one.
+    """
+    rounded = convert(args, dtype)
+    want = run(reference, convert(rounded, torch.float64), seed)
+    with poisoned():
+        got = run(fn, rounded, seed)
+    scale = max((float(w.norm()) for w in want[1:]), default=0.0)
+    floors = [0.0] + [scale * 0.1] * (len(want) - 1)
+    if dtype in HALF:
+        plain = run(reference, rounded, seed)
+        own = torch.tensor([relative_error(p, w, f) for p, w, f in zip(plain, want, floors, strict=True)])
+        limits = (2 * own.maximum(own.square().mean().sqrt()).clamp(min=torch.finfo(dtype).eps / 2)).tolist()
+    else:
+        limits = [{torch.float64: 1e-11, torch.float32: 1e-5}[dtype]] * len(want)
+    for i, (g, w, floor, limit) in enumerate(zip(got, want, floors, limits, strict=True)):
+        error = relative_error(g, w, floor)
+        what = "output" if i == 0 else f"gradient {i - 1}"
+        assert error <= limit, f"{what} {list(w.shape)}: relative error {error:.2e} over {limit:.2e} in {dtype}"
+        assert g.dtype == dtype, f"{what}: dtype {g.dtype}, expected {dtype}"
+
+
+def same_bits_twice(fn: Callable[..., Tensor], args: dict[str, Any]) -> None:
+    first, second = run(fn, args, 0), run(fn, args, 0)
+    for i, (a, b) in enumerate(zip(first, second, strict=True)):
+        assert torch.equal(a, b), f"result {i} differed between two identical calls"
+
+
+def gradcheck(fn: Callable[..., Tensor], args: dict[str, Any]) -> None:
+    """Numerical gradients in float64 of every leaf of ``args``."""
+    inputs = leaves(args)
+
+    def of_leaves(*tensors: Tensor) -> Tensor:
+        replaced: Sequence[Tensor] = list(tensors)
+        return fn(**_replace(args, iter(replaced)))
+
+    assert torch.autograd.gradcheck(of_leaves, inputs, atol=1e-6, rtol=1e-5)
+
+
+def _replace(value: Any, new: Iterator[Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return next(new) if value.requires_grad else value
+    if isinstance(value, dict):
+        return {k: _replace(v, new) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_replace(v, new) for v in value)
+    return value
