@@ -1,5 +1,6 @@
 """The operations as modules: parameters and their initialisation, no mathematics."""
 
+from .contrastive_loss import ContentIDContrastiveLoss
 from .qformer_attention import QFormerAttention
 
-__all__ = ["QFormerAttention"]
+__all__ = ["ContentIDContrastiveLoss", "QFormerAttention"]

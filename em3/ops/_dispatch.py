@@ -26,7 +26,7 @@ from typing import Any
 log = logging.getLogger("em3")
 
 BACKENDS: dict[str, tuple[str, ...]] = {
-    "qformer_attention": ("torch",),
+    "qformer_attention": ("cpp", "torch"),
     "lora_linear": ("torch",),
     "lora_target_attention": ("torch",),
     "contrastive_loss": ("torch",),

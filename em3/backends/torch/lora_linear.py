@@ -1,0 +1,249 @@
+"""A linear layer with low-rank adapters in plain PyTorch.
+
+The contract of ``forward`` and ``backward`` is that of ``em3.ops.lora_linear``; ``T`` rows, and from here on ``B`` is
+held scaled and transposed, ``[R, D]``, so that both factors look alike. Three products make up the low-rank part and
+its gradients: ``shrink`` (``[T, C]`` by ``[R, C]`` -> ``[T, R]``), ``expand_`` (``[T, R]`` by ``[R, D]``, added to
+``[T, D]``) and ``collect`` (``[T, R]^T [T, C]`` -> ``[R, C]``), each for one shared adapter or for one a row. They
+compute in float32 for the half types.
+
+No Python loop over adapters, and nothing waits for the device. On the CPU the same inputs give the same bits. On a GPU
+``collect`` adds its tiles with ``index_add_``, which is deterministic under ``torch.use_deterministic_algorithms``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Elements of a temporary: 2 MB in float32, what stays in the second-level cache of a core and its neighbours.
+CHUNK = 1 << 19
+
+
+def unavailable() -> str | None:
+    return None
+
+
+def supports(*args) -> str | None:
+    return None
+
+
+def wins(*args) -> bool:
+    return True
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float,
+            scalings: Tensor | None, adapter: Tensor | None, offsets: Tensor | None) -> Tensor:  # fmt: skip
+    a, b = _factors(lora_a, lora_b, scaling, scalings)
+    if _merges(x, weight, a):
+        return F.linear(x, torch.addmm(weight, b.t(), a), bias)
+    rows = _rows(a, adapter, offsets, x)
+    y = F.linear(x, weight, bias)  # [T, D]
+    rows.expand_(y, rows.shrink(x, a), b)
+    return y
+
+
+def backward(dy: Tensor, x: Tensor | None, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float,
+             scalings: Tensor | None, adapter: Tensor | None, offsets: Tensor | None, need: list[bool],
+             ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients to x, weight, bias, lora_a and lora_b where needed, an empty tensor for the others."""
+    need_x, need_weight, need_bias, need_a, need_b = need
+    a, b = _factors(lora_a, lora_b, scaling, scalings)
+    merges = _merges(dy, weight, a)
+    rows = _rows(a, adapter, offsets, dy)
+    dx, dweight, dbias, da, db = (dy.new_empty(0) for _ in range(5))
+    if need_weight:
+        assert x is not None
+        dweight = dy.t() @ x  # [D, C]
+    # With the weight's gradient at hand the adapter's follow from it, without another pass over the rows.
+    thin = not (merges and need_weight)
+    dlow = rows.shrink(dy, b) if (need_x and not merges) or (need_a and thin) else None  # [T, R]
+    if need_x:
+        dx = dy @ (torch.addmm(weight, b.t(), a) if merges else weight)  # [T, C]
+        if not merges:
+            rows.expand_(dx, dlow, a)
+    if need_bias:
+        dbias = dy.sum(0)
+    if need_a:
+        da = (rows.collect(dlow, x) if thin else b @ dweight).to(lora_a.dtype)
+    if need_b:
+        db = rows.collect(rows.shrink(x, a), dy) if thin else a @ dweight.t()  # [R, D] or [G, R, D]
+        db = (db * _of_adapters(scaling, scalings, db.dtype)).transpose(-1, -2).to(lora_b.dtype).contiguous()
+    return dx, dweight, dbias, da, db
+
+
+def _factors(lora_a: Tensor, lora_b: Tensor, scaling: float, scalings: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``A [R, C]`` and scaled ``B^T [R, D]``, or ``[G, R, C]`` and ``[G, R, D]``, in the dtype of the computation."""
+    dtype = torch.float64 if lora_a.dtype == torch.float64 else torch.float32
+    b = lora_b.to(dtype).transpose(-1, -2) * _of_adapters(scaling, scalings, dtype)
+    return lora_a.to(dtype).contiguous(), b.contiguous()
+
+
+def _of_adapters(scaling: float, scalings: Tensor | None, dtype: torch.dtype) -> float | Tensor:
+    return scaling if scalings is None else scalings.to(dtype)[:, None, None]
+
+
+def _merges(x: Tensor, weight: Tensor, a: Tensor) -> bool:
+    """Whether one product with ``W + B A`` serves: one adapter, and rows enough to pay for the sum.
+
+    Never in the half types, where the sum would round small updates away.
+    """
+    return a.dim() == 2 and x.dtype == a.dtype and x.shape[0] >= MERGE
+
+
+MERGE = 1
+
+
+def _spans(count: int, width: int) -> Iterator[slice]:
+    step = max(1, CHUNK // max(width, 1))
+    return (slice(start, start + step) for start in range(0, count, step))
+
+
+def _rows(a: Tensor, adapter: Tensor | None, offsets: Tensor | None, x: Tensor) -> Shared | Mixed:
+    if a.dim() == 2:
+        return Shared()
+    g = a.shape[0]
+    if adapter is None:
+        assert offsets is not None
+        # The last adapter that begins at or before the row: empty segments are stepped over, the tail gets G.
+        adapter = torch.searchsorted(offsets, torch.arange(x.shape[0], device=x.device, dtype=offsets.dtype), right=True) - 1
+    adapter = adapter.long()
+    return Mixed(torch.where((adapter < 0) | (adapter >= g), g, adapter), g)
+
+
+class Shared:
+    """One adapter for all rows. The half types go through float32 a chunk of rows at a time."""
+
+    def shrink(self, x: Tensor, a: Tensor) -> Tensor:
+        if x.dtype == a.dtype:
+            return x @ a.t()
+        low = a.new_empty(x.shape[0], a.shape[0])
+        for span in _spans(*x.shape):
+            low[span] = x[span].to(a.dtype) @ a.t()
+        return low
+
+    def expand_(self, y: Tensor, low: Tensor, b: Tensor) -> None:
+        if y.dtype == b.dtype:
+            y.addmm_(low, b)
+            return
+        for span in _spans(*y.shape):
+            y[span] += low[span] @ b
+
+    def collect(self, low: Tensor, x: Tensor) -> Tensor:
+        if x.dtype == low.dtype:
+            return _tall(low, x)
+        out = low.new_zeros(low.shape[1], x.shape[1])
+        for span in _spans(*x.shape):
+            out += _tall(low[span], x[span].to(low.dtype))
+        return out
+
+
+def _tall(low: Tensor, x: Tensor) -> Tensor:
+    """``low^T x`` where the rows are many and the result is small.
+
+    On the CPU in blocks of rows: one product would be cut along ``R``, which is too small for it, and takes twice as
+    long (2 threads, float32, ms: T=8192, C=512, R=8: 2.9 against 1.6; T=16384, C=256, R=8: 3.1 against 1.7).
+    """
+    t, r = low.shape
+    size = max(256, t // 64)
+    count = t // size
+    if count < 2 or x.device.type != "cpu":
+        return low.t() @ x
+    cut = count * size
+    blocks = torch.bmm(low[:cut].view(count, size, r).transpose(1, 2), x[:cut].reshape(count, size, -1))
+    return blocks.sum(0).addmm_(low[cut:].t(), x[cut:])
+
+
+class Mixed:
+    """One adapter a row, ``adapter [T]`` holding ``0 .. G - 1``, and ``G`` for none.
+
+    ``expand_`` is an embedding bag: a row's result is the sum of its adapter's ``R`` rows of B, weighted. ``shrink``
+    is the gradient of such a bag to its weights where R is small, and a product a tile where it is not; ``collect``
+    is a product a tile. A tile is ``m`` rows of one adapter, cut from the rows sorted by adapter; their number has
+    a bound that needs no look at the indices, ``T / m + G``.
+
+    Measured, float32, 2 threads, ms a call, bag against tiles; C=D=512, T=8192, but C=128, T=16384 in the second line::
+
+        G, R                4, 8      64, 8     64, 32     64, 64    1024, 8   1024, 64
+    """
+
+    def __init__(self, adapter: Tensor, g: int) -> None:
+        self.adapter, self.g = adapter, g
+        self.absent = (adapter == g)[:, None]  # [T, 1]
+        # A look that costs nothing on the CPU and would wait for the device elsewhere.
+        self.complete = adapter.device.type == "cpu" and not bool(self.absent.any())
+        self.cut: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def shrink(self, x: Tensor, a: Tensor) -> Tensor:
+        g, r, c = a.shape
+        t = x.shape[0]
+        if r >= 32 and t >= 16 * g:
+            return self._shrink_tiles(x, a)
+        low = a.new_empty(t, r)
+        for span in _spans(t, c):
+            bags = self._bags(span, r)
+            first = torch.arange(0, bags.numel(), r, device=x.device)  # where each row's bag begins
+            row = torch.arange(bags.shape[0], device=x.device).repeat_interleave(r, output_size=bags.numel())
+            low[span] = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+                x[span].to(a.dtype).contiguous(), a.view(g * r, c), bags.view(-1), first, row, 0
+            ).view(-1, r)
+        return low if self.complete else low.masked_fill_(self.absent, 0)
+
+    def expand_(self, y: Tensor, low: Tensor, b: Tensor) -> None:
+        g, r, d = b.shape
+        for span in _spans(*y.shape):
+            delta = F.embedding_bag(self._bags(span, r), b.view(g * r, d), per_sample_weights=low[span], mode="sum")
+            if not self.complete:
+                # low is zero there, but zero times an infinite B is not.
+                delta.masked_fill_(self.absent[span], 0)
+            y[span] += delta
+
+    def collect(self, low: Tensor, x: Tensor) -> Tensor:
+        out = low.new_zeros(self.g + 1, low.shape[1], x.shape[1])  # [G + 1, R, C], the last for tiles without rows
+        rows, present, owner = self._tiles()
+        for span in _spans(rows.shape[0], (rows.shape[1] + low.shape[1]) * x.shape[1]):
+            left = _gather(low, rows[span]).masked_fill_(~present[span], 0)  # [n, m, R]
+            out.index_add_(0, owner[span], torch.bmm(left.transpose(1, 2), _gather(x, rows[span]).to(low.dtype)))
+        return out[:-1]
+
+    def _shrink_tiles(self, x: Tensor, a: Tensor) -> Tensor:
+        t, r = x.shape[0], a.shape[1]
+        out = a.new_zeros(t + 1, r)  # the last row takes what is not present
+        rows, present, owner = self._tiles()
+        for span in _spans(rows.shape[0], (rows.shape[1] + r) * x.shape[1]):
+            factors = a.index_select(0, owner[span].clamp(max=self.g - 1))  # [n, R, C]
+            low = torch.bmm(_gather(x, rows[span]).to(a.dtype), factors.transpose(1, 2))  # [n, m, R]
+            out.index_copy_(0, rows[span].masked_fill(~present[span][..., 0], t).view(-1), low.view(-1, r))
+        return out[:-1]
+
+    def _bags(self, span: slice, r: int) -> Tensor:
+        """Rows of the stacked factors ``[G * R, .]`` that each row reads, ``[n, R]``; some adapter's where it has none."""
+        return self.adapter[span].clamp(max=self.g - 1)[:, None] * r + torch.arange(r, device=self.adapter.device)
+
+    def _tiles(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``rows [n, m]``, ``present [n, m, 1]`` and each tile's adapter ``[n]``, which is G for a tile without rows."""
+        if self.cut is None:
+            self.cut = self._cut()
+        return self.cut
+
+    def _cut(self) -> tuple[Tensor, Tensor, Tensor]:
+        t, g, device = self.adapter.shape[0], self.g, self.adapter.device
+        m = min(64, max(8, 1 << (t // g).bit_length() - 1 if t >= g else 8))
+        ordered, order = torch.sort(self.adapter, stable=True)
+        bounds = torch.searchsorted(ordered, torch.arange(g + 1, device=device))  # [G + 1]
+        tiles = (bounds[1:] - bounds[:-1] + m - 1) // m  # [G]
+        ends = tiles.cumsum(0)
+        index = torch.arange(min(t // m + g, t), device=device)  # [n]
+        owner = torch.searchsorted(ends, index, right=True)
+        near = owner.clamp(max=g - 1)
+        first = bounds[near] + (index - (ends - tiles)[near]) * m
+        place = first[:, None] + torch.arange(m, device=device)  # [n, m], in the sorted rows
+        present = (place < bounds[near + 1, None]) & (owner < g)[:, None]
+        return order[torch.where(present, place, 0)], present[..., None], owner
+
+
+def _gather(x: Tensor, rows: Tensor) -> Tensor:
+    """``x [T, C]``, ``rows [n, m]`` -> ``[n, m, C]``."""
+    return x.index_select(0, rows.view(-1)).view(*rows.shape, x.shape[1])

@@ -1,0 +1,27 @@
+"""``lora_linear`` as the papers write it: the linear layer, then the two thin products of one adapter after another."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def lora_linear(x, weight, bias, lora_a, lora_b, *, scaling=1.0, adapter=None, offsets=None):
+    y = F.linear(x, weight, bias)  # [..., D]
+    if lora_a.dim() == 2:
+        return y + scaling * F.linear(F.linear(x, lora_a), lora_b)
+    if offsets is not None:
+        adapter = _adapter_of_rows(offsets, x.shape[:-1])
+    for g in range(lora_a.shape[0]):
+        factor = scaling[g].to(x.dtype) if isinstance(scaling, torch.Tensor) else scaling
+        low_rank = factor * F.linear(F.linear(x, lora_a[g]), lora_b[g])
+        y = y + torch.where((adapter == g)[..., None], low_rank, 0)
+    return y
+
+
+def _adapter_of_rows(offsets, shape):
+    adapter = torch.full(shape, -1, device=offsets.device)
+    bounds, flat = offsets.tolist(), adapter.view(-1)
+    for g, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        flat[start:end] = g
+    return adapter
