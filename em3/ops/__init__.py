@@ -1,6 +1,8 @@
 """The operations: checks, strategy, dispatch and autograd. One module an operation; backends are found by ``_dispatch``."""
 
 from .contrastive_loss import contrastive_loss
+from .lora_linear import lora_linear
+from .lora_target_attention import lora_target_attention
 from .qformer_attention import qformer_attention
 
-__all__ = ["contrastive_loss", "qformer_attention"]
+__all__ = ["contrastive_loss", "lora_linear", "lora_target_attention", "qformer_attention"]

@@ -25,10 +25,10 @@ class Projected(NamedTuple):
     mask: Tensor | None  # [B, N] or [T] bool, True = a real token
 
 
-def attend(q: Tensor, streams: Sequence[Projected], batch: int, names: str) -> Tensor:
+def attend(q: Tensor, streams: Sequence[Projected], batch: int, names: Sequence[str]) -> Tensor:
     """``q [1 or B, Q, H, E]``, already scaled, over the projected tokens of the streams -> ``[B, Q, D]``."""
     _, nq, h, e = q.shape
-    padded = [_padded(stream, f"{names}[{i}].offsets") for i, stream in enumerate(streams)]
+    padded = [_padded(stream, f"{name}.offsets") for stream, name in zip(streams, names, strict=True)]
     k, v = (torch.cat(side, 1) for side in list(zip(*padded, strict=True))[:2])  # [B, N, D]
     q = q.transpose(1, 2).expand(batch, h, nq, e)
     k, v = (t.unflatten(-1, (h, e)).transpose(1, 2) for t in (k, v))  # [B, H, N, E]

@@ -120,7 +120,7 @@ def _projected_form(q: Tensor, ids: Tensor, offsets: Tensor | None, bank: Tensor
     )
     if whole:
         k, v = _looked_up(k, rows), _looked_up(v, rows)
-    return _projected.attend(q, [_projected.Projected(k, v, offsets, mask)], q.shape[0], "history")
+    return _projected.attend(q, [_projected.Projected(k, v, offsets, mask)], q.shape[0], ["history"])
 
 
 def _looked_up(table: Tensor, rows: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ def qformer_attention(query: Tensor, streams: Any, w_q: Tensor, w_k: Sequence[Te
             _projected.Projected(F.linear(s.values, wk[i], bk[i]), F.linear(s.values, wv[i], bv[i]), s.offsets, s.mask)
             for i, s in enumerate(parsed)
         ]
-        out = _projected.attend(q, projected, batch, "streams")
+        out = _projected.attend(q, projected, batch, [f"streams[{i}]" for i in range(m)])
     else:
         out = _absorbed(q, parsed, wk, wv, bk, bv, batch, request)
     return F.linear(out, w_o, b_o)
