@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -87,7 +87,7 @@ def _system() -> dict[str, Any]:
 
     module, _ = extension()
     # An older em3._C beside newer Python code must not stop the report that says so.
-    features = module.cpu_features() if hasattr(module, "cpu_features") else None
+    features = module.cpu_features() if module is not None and hasattr(module, "cpu_features") else None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "os": platform.platform(),

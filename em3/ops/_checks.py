@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,7 +87,8 @@ def offsets_content(offsets: Tensor, total: int, name: str) -> None:
     if bool((offsets[1:] < offsets[:-1]).any()):
         where = int((offsets[1:] < offsets[:-1]).nonzero()[0])
         raise ValueError(
-            f"{name}: fell from {int(offsets[where])} to {int(offsets[where + 1])} at entry {where + 1}, must not decrease"
+            f"{name}: fell from {int(offsets[where])} to {int(offsets[where + 1])} at entry {where + 1}, "
+            "must not decrease"
         )
     if last > total:
         raise ValueError(f"{name}: ended at {last}, must not run past the {total} rows of the values")
@@ -110,9 +112,10 @@ def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def autocast(*tensors: Tensor | None, device: torch.device) -> list[Tensor | None]:
+def autocast(*tensors: Tensor | None, device: torch.device) -> list[Any]:
     """The tensors in autocast's dtype where autocast is on for the device, as they are otherwise."""
     if not torch.is_autocast_enabled(device.type):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device.type)
-    return [t.to(dtype) if t is not None and t.dtype in (torch.float32, torch.bfloat16, torch.float16) else t for t in tensors]
+    # float64 stays as it is, like under autocast everywhere else.
+    return [t.to(dtype) if t is not None and t.dtype in FLOATS[:3] else t for t in tensors]

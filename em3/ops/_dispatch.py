@@ -98,7 +98,7 @@ def choose(op: str, request: str, args: tuple[Any, ...]) -> ModuleType:
         if reason is not None:
             raise BackendError(f"backend {request!r} cannot serve this call of {op}: {reason}")
         return chosen
-    passed_over = []
+    passed_over: list[str] = []
     for name in BACKENDS[op]:
         candidate = module(op, name)
         reason = candidate.unavailable() or candidate.supports(*args)

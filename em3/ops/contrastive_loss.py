@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -147,7 +149,7 @@ def _reduced(loss: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
     return loss.sum() / torch.where(mass == 0, torch.inf, mass)
 
 
-def _widened(tensor: Tensor | None, like: Tensor) -> Tensor | None:
+def _widened(tensor: Tensor | None, like: Tensor) -> Any:
     return None if tensor is None else tensor.to(torch.float64 if like.dtype == torch.float64 else torch.float32)
 
 

@@ -57,10 +57,10 @@ def lora_target_attention(target: Tensor, history: Any, bank: Tensor, w_q: Tenso
     adapted by LoRA (Hu et al., arXiv 2106.09685) as in EM3 (arXiv 2404.06078).
     """
     ids, offsets, batch = _parse(history)
-    loras = [None if lora is None else _parse_lora(lora, name) for lora, name in ((lora_k, "lora_k"), (lora_v, "lora_v"))]
+    loras = [_parse_lora(lora, name) for lora, name in ((lora_k, "lora_k"), (lora_v, "lora_v"))]
     target, w_q, w_k, w_v, w_o, *low = _checks.autocast(
-        target, w_q, w_k, w_v, w_o, *(t for lora in loras for t in (lora or (None, None))[:2]), device=target.device
-    )  # type: ignore[assignment]
+        target, w_q, w_k, w_v, w_o, *(t for lora in loras for t in (lora or [None, None])[:2]), device=target.device
+    )
     lora_k, lora_v = (None if g is None else (a, b, g[2]) for g, a, b in zip(loras, low[::2], low[1::2], strict=True))
     _check(target, ids, offsets, bank, batch, w_q, w_k, w_v, w_o, lora_k, lora_v, num_heads)
     _checks.one_of(strategy, STRATEGIES, "strategy")
@@ -141,7 +141,9 @@ def _parse(history: Any) -> tuple[Tensor, Tensor | None, int]:
     return ids.long(), offsets, ids.shape[0] if offsets is None else offsets.shape[0] - 1
 
 
-def _parse_lora(lora: Any, name: str) -> Lora:
+def _parse_lora(lora: Any, name: str) -> Lora | None:
+    if lora is None:
+        return None
     if not isinstance(lora, (tuple, list)) or len(lora) != 3:
         raise ValueError(f"{name}: was {type(lora).__name__}, must be (A [R, C], B [D, R], scaling) or None")
     return lora[0], lora[1], lora[2]

@@ -63,7 +63,7 @@ def qformer_attention(query: Tensor, streams: Any, w_q: Tensor, w_k: Sequence[Te
     bk, bv = _per_stream(b_k, "b_k", len(parsed)), _per_stream(b_v, "b_v", len(parsed))
     query, w_q, w_o, b_q, b_o, *rest = _checks.autocast(
         query, w_q, w_o, b_q, b_o, *(s.values for s in parsed), *wk, *wv, *bk, *bv, device=query.device
-    )  # type: ignore[assignment]
+    )
     m = len(parsed)
     parsed = [s._replace(values=x) for s, x in zip(parsed, rest[:m], strict=True)]
     wk, wv, bk, bv = rest[m : 2 * m], rest[2 * m : 3 * m], rest[3 * m : 4 * m], rest[4 * m :]
@@ -115,8 +115,9 @@ def _absorbed(q: Tensor, streams: Sequence[Stream], w_k: Sequence[Tensor], w_v: 
         u, None if c is None else c.view(-1, h, bu, nq), [s.values for s in streams], [s.offsets for s in streams],
         [s.mask for s in streams], batch, request,
     )  # fmt: skip
-    out = sum(torch.bmm(r.view(h, batch * nq, -1), w.view(h, e, -1).transpose(1, 2)) for r, w in zip(y, w_v, strict=True))
+    out = q.new_zeros(())
     for m, bias in enumerate(b_v):
+        out = out + torch.bmm(y[m].view(h, batch * nq, -1), w_v[m].view(h, e, -1).transpose(1, 2))
         if bias is not None:
             out = out + mass[m].reshape(h, -1, 1).to(out.dtype) * bias.view(h, 1, e)
     return out.view(h, batch, nq, e).permute(1, 2, 0, 3).reshape(batch, nq, h * e)
@@ -147,7 +148,8 @@ def _parse(streams: Any, masks: Any, w_k: Any, w_v: Any) -> list[Stream]:
     if not sources:
         raise ValueError("streams: was empty, must hold at least one stream")
     given = _per_stream(masks, "masks", len(sources))
-    return [parse_stream(s, m, f"streams[{i}]", f"masks[{i}]") for i, (s, m) in enumerate(zip(sources, given, strict=True))]
+    pairs = enumerate(zip(sources, given, strict=True))
+    return [parse_stream(source, mask, f"streams[{i}]", f"masks[{i}]") for i, (source, mask) in pairs]
 
 
 def _check(query: Tensor, streams: Sequence[Stream], w_q: Tensor, w_k: Sequence[Tensor], w_v: Sequence[Tensor],
@@ -173,7 +175,7 @@ def _check(query: Tensor, streams: Sequence[Stream], w_q: Tensor, w_k: Sequence[
     for name, (tensor, expected) in named.items():
         if tensor is not None:
             _checks.shape(tensor, expected, name)
-    values = {f"streams[{i}]": s.values for i, s in enumerate(streams)}
+    values: dict[str, Tensor | None] = {f"streams[{i}]": s.values for i, s in enumerate(streams)}
     _checks.same_device_and_dtype("query", query, values | {name: t for name, (t, _) in named.items()})
     indices = {f"streams[{i}].offsets": s.offsets for i, s in enumerate(streams)}
     _checks.same_device("query", query, indices | {f"masks[{i}]": s.mask for i, s in enumerate(streams)})

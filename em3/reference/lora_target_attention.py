@@ -15,7 +15,7 @@ def lora_target_attention(target, history, bank, w_q, w_k, w_v, w_o, *, lora_k=N
     ids, seen = (history, torch.ones_like(history, dtype=torch.bool)) if jagged is None else padded(*jagged)
     seen = seen & (ids >= 0)
     x = bank[ids.clamp(min=0)].to(target.dtype)  # [B, N, C]
-    b, n, d = *ids.shape, w_q.shape[0]
+    (b, n), d = ids.shape, w_q.shape[0]
 
     q = (target if target.dim() == 3 else target[:, None]) @ w_q.T  # [B, M, D]
     k, v = (_adapted(x, w, lora) for w, lora in ((w_k, lora_k), (w_v, lora_v)))  # [B, N, D]

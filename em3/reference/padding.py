@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from torch import Tensor
 def padded(values: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     """``values [T, ...]``, ``offsets [B + 1]`` -> ``[B, N, ...]`` with zeros behind the real rows, mask ``[B, N]``."""
     bounds = offsets.tolist()
-    rows = [values[start:end] for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+    rows = [values[start:end] for start, end in pairwise(bounds)]
     longest = max((len(r) for r in rows), default=0)
     mask = torch.tensor([[n < len(r) for n in range(longest)] for r in rows], dtype=torch.bool, device=values.device)
     out = [torch.cat([r, r.new_zeros(longest - len(r), *r.shape[1:])]) for r in rows]

@@ -7,7 +7,9 @@ processor has is used.
 from __future__ import annotations
 
 import functools
+import importlib
 import os
+from types import ModuleType
 
 from torch import Tensor
 
@@ -20,6 +22,11 @@ def unavailable() -> str | None:
     from ...env import extension
 
     return extension()[1]
+
+
+@functools.cache
+def compiled() -> ModuleType:
+    return importlib.import_module("em3._C")
 
 
 def pointer(tensor: Tensor | None) -> int:

@@ -35,15 +35,13 @@ def wins(u: list[Tensor], c: Tensor | None, values: list[Tensor], offsets: list[
 
 def forward(u: list[Tensor], c: Tensor | None, values: list[Tensor], offsets: list[Tensor | None],
             masks: list[Tensor | None], batch: int) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
-    from em3 import _C
-
     h, _, q, _ = u[0].shape
     y = [torch.empty(h, batch, q, x.shape[-1]) for x in values]
     mass, lse = torch.empty(len(u), h, batch, q), torch.empty(h, batch, q)
     streams, keep = _streams(u, c, values, offsets, masks)
     arguments = [(*s, pointer(y[m]), pointer(mass[m])) for m, s in enumerate(streams)]
     shape = (batch, h, q, u[0].shape[1] != batch)
-    _C.qformer_attention_forward(shape, arguments, pointer(lse), torch.get_num_threads(), cpp.isa)
+    cpp.compiled().qformer_attention_forward(shape, arguments, pointer(lse), torch.get_num_threads(), cpp.isa)
     del keep  # the pointers were alive until here
     return y, mass, lse
 
@@ -51,8 +49,6 @@ def forward(u: list[Tensor], c: Tensor | None, values: list[Tensor], offsets: li
 def backward(dy: list[Tensor], dmass: Tensor | None, u: list[Tensor], c: Tensor | None, values: list[Tensor],
              offsets: list[Tensor | None], masks: list[Tensor | None], y: list[Tensor], mass: Tensor, lse: Tensor,
              need_u: bool, need_values: list[bool]) -> tuple[list[Tensor], Tensor, list[Tensor]]:  # fmt: skip
-    from em3 import _C
-
     h, batch, q = lse.shape
     du = [torch.empty(x.shape) for x in u] if need_u else [torch.zeros(x.shape) for x in u]
     dc = torch.empty(len(u), *u[0].shape[:3]) if need_u else torch.zeros(len(u), *u[0].shape[:3])
@@ -66,7 +62,7 @@ def backward(dy: list[Tensor], dmass: Tensor | None, u: list[Tensor], c: Tensor 
         for m, s in enumerate(streams)
     ]  # fmt: skip
     shape = (batch, h, q, u[0].shape[1] != batch)
-    _C.qformer_attention_backward(shape, arguments, pointer(lse), torch.get_num_threads(), cpp.isa)
+    cpp.compiled().qformer_attention_backward(shape, arguments, pointer(lse), torch.get_num_threads(), cpp.isa)
     del keep
     return du, dc, dx
 
@@ -79,8 +75,7 @@ def _streams(u: list[Tensor], c: Tensor | None, values: list[Tensor], offsets: l
     for m, x in enumerate(values):
         x = x if x.stride(-1) == 1 else x.contiguous()
         query = u[m].contiguous()
-        mask = None if masks[m] is None else masks[m].contiguous()
-        bounds = None if offsets[m] is None else offsets[m].contiguous()
+        mask, bounds = (None if t is None else t.contiguous() for t in (masks[m], offsets[m]))
         padded = bounds is None
         out.append(
             (pointer(x), x.stride(0) if padded else 0, x.stride(-2), x.shape[-2], x.shape[-1], pointer(bounds),

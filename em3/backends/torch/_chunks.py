@@ -17,10 +17,10 @@ BUDGET = 1 << 20
 class Rows(NamedTuple):
     """Where the rows of one stream lie: for a padded stream ``offsets`` is None and the grid is ``[B, N]``."""
 
-    values: Tensor  # [B, N, C] or [T, C], or the bank [n, C] when index is given
+    values: Tensor  # [B, N, C] or [T, C], or the bank [n, C] when lookup is given
     offsets: Tensor | None  # [B + 1]
     mask: Tensor | None  # [B, N], padded only
-    index: Tensor | None = None  # [B, N] or [T]: row numbers into values; out of range = missing
+    lookup: Tensor | None = None  # [B, N] or [T]: row numbers into values; out of range = missing
 
 
 class Piece(NamedTuple):
@@ -33,7 +33,7 @@ class Piece(NamedTuple):
 
 class Chunk(NamedTuple):
     items: Tensor | slice  # [b] item numbers, or a slice of them
-    count: int
+    size: int
     pieces: list[Piece]
 
 
@@ -46,7 +46,7 @@ def chunks(streams: list[Rows], num_items: int, row_cost: int) -> Iterator[Chunk
         row_cost: elements that one token costs in the caller's largest temporary.
     """
     if all(s.offsets is None for s in streams):
-        tokens = sum((s.values if s.index is None else s.index).shape[1] for s in streams)
+        tokens = sum((s.values if s.lookup is None else s.lookup).shape[1] for s in streams)
         step = max(1, BUDGET // max(1, tokens * row_cost))
         for start in range(0, num_items, step):
             stop = min(num_items, start + step)
@@ -72,19 +72,19 @@ def _groups(sorted_lengths: list[int], row_cost: int) -> Iterator[slice]:
 def _lengths(stream: Rows, num_items: int) -> Tensor:
     if stream.offsets is not None:
         return stream.offsets.diff()
-    grid = stream.values if stream.index is None else stream.index
+    grid = stream.values if stream.lookup is None else stream.lookup
     return torch.full((num_items,), grid.shape[1], device=grid.device)
 
 
 def _padded(stream: Rows, items: slice | Tensor) -> Piece:
     mask = None if stream.mask is None else stream.mask[items]
-    if stream.index is None:
+    if stream.lookup is None:
         if isinstance(items, slice):
             return Piece(stream.values[items], mask, items)
         n = stream.values.shape[1]
         rows = items[:, None] * n + torch.arange(n, device=items.device)
         return Piece(stream.values[items], mask, rows)
-    return _looked_up(stream.values, stream.index[items], mask)
+    return _looked_up(stream.values, stream.lookup[items], mask)
 
 
 def _gathered(stream: Rows, items: Tensor, longest: int) -> Piece:
@@ -93,10 +93,10 @@ def _gathered(stream: Rows, items: Tensor, longest: int) -> Piece:
     start = stream.offsets[items][:, None]
     rows = start + torch.arange(longest, device=items.device)  # [b, n]
     present = rows < stream.offsets[items + 1][:, None]
-    if stream.index is None:
+    if stream.lookup is None:
         return _looked_up(stream.values, rows, present)
-    inside = rows.clamp(0, max(0, stream.index.shape[0] - 1))
-    return _looked_up(stream.values, stream.index[inside] if stream.index.shape[0] else inside, present)
+    inside = rows.clamp(0, max(0, stream.lookup.shape[0] - 1))
+    return _looked_up(stream.values, stream.lookup[inside] if stream.lookup.shape[0] else inside, present)
 
 
 def _looked_up(values: Tensor, rows: Tensor, present: Tensor | None) -> Piece:

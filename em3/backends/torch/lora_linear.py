@@ -93,7 +93,7 @@ def _merges(x: Tensor, weight: Tensor, a: Tensor) -> bool:
     return a.dim() == 2 and x.dtype == a.dtype and x.shape[0] >= MERGE
 
 
-MERGE = 1
+MERGE = 1024
 
 
 def _spans(count: int, width: int) -> Iterator[slice]:
@@ -240,8 +240,10 @@ class Mixed:
         near = owner.clamp(max=g - 1)
         first = bounds[near] + (index - (ends - tiles)[near]) * m
         place = first[:, None] + torch.arange(m, device=device)  # [n, m], in the sorted rows
-        present = (place < bounds[near + 1, None]) & (owner < g)[:, None]
-        return order[torch.where(present, place, 0)], present[..., None], owner
+        end = bounds[near + 1, None]
+        present = (place < end) & (owner < g)[:, None]
+        # What fills a tile up is a row of the same adapter, so that no adapter's NaN gets into another's gradient.
+        return order[place.minimum(end - 1).clamp_(min=0)], present[..., None], owner
 
 
 def _gather(x: Tensor, rows: Tensor) -> Tensor:

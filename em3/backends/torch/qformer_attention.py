@@ -16,11 +16,11 @@ def unavailable() -> str | None:
     return None
 
 
-def supports(*args) -> str | None:
+def supports(*args: object) -> str | None:
     return None
 
 
-def wins(*args) -> bool:
+def wins(*args: object) -> bool:
     return True
 
 
@@ -45,15 +45,15 @@ def attend(streams: list[Rows], u: list[Tensor], c: Tensor | None, batch: int) -
     lse = torch.empty(h, batch, q, dtype=dtype, device=u[0].device)
     for chunk in chunks(streams, batch, row_cost(streams, h * q)):
         scores = _scores(chunk, u, c, dtype)  # [b, K, n] a stream
-        top = torch.stack([s.amax(-1) for s in scores if s.shape[-1]] or [scores[0].new_full((chunk.count, h * q), -torch.inf)])
-        top = top.amax(0)  # [b, K]
+        nothing = scores[0].new_full((chunk.size, h * q), -torch.inf)  # stands in where no stream has a token
+        top = torch.stack([nothing, *(s.amax(-1) for s in scores if s.shape[-1])]).amax(0)  # [b, K]
         shift = top.masked_fill(top == -torch.inf, 0)[..., None]
         weights = [s.sub_(shift).exp_() for s in scores]
         sums = torch.stack([w.sum(-1) for w in weights])  # [M, b, K]
         total = sums.sum(0)
         lse[:, chunk.items] = _to_heads((total.log() + shift[..., 0])[..., None], h)[..., 0]
         one_over = torch.where(total > 0, total, 1).reciprocal()
-        mass[:, :, chunk.items] = (sums * one_over).view(len(streams), chunk.count, h, q).transpose(1, 2)
+        mass[:, :, chunk.items] = (sums * one_over).view(len(streams), chunk.size, h, q).transpose(1, 2)
         for m, piece in enumerate(chunk.pieces):
             read = torch.bmm(weights[m], piece.x.to(dtype)).mul_(one_over[..., None])  # [b, K, C]
             y[m][:, chunk.items] = _to_heads(read, h).to(y[m].dtype)
@@ -71,7 +71,7 @@ def attend_backward(streams: list[Rows], dy: list[Tensor], dmass: Tensor | None,
     dc = torch.zeros(len(u), h, u[0].shape[1], q, dtype=dtype, device=lse.device)
     dx = [
         # A looked-up row may be read many times over: its gradient is summed in the wide type.
-        torch.zeros(s.values.shape if n else (0,), dtype=s.values.dtype if s.index is None else dtype, device=lse.device)
+        torch.zeros(s.values.shape if n else (0,), dtype=s.values.dtype if s.lookup is None else dtype, device=lse.device)
         for s, n in zip(streams, need_values, strict=True)
     ]
     for chunk in chunks(streams, batch, row_cost(streams, h * q)):
@@ -132,7 +132,7 @@ def _scores(chunk: Chunk, u: list[Tensor], c: Tensor | None, dtype: torch.dtype)
 
 def _rows_of(u: Tensor, chunk: Chunk, dtype: torch.dtype) -> Tensor:
     """``[H, B, Q, C]`` -> the chunk's ``[b, K, C]``; of shared queries ``[H, 1, Q, C]`` -> ``[K, C]``."""
-    if u.shape[1] == 1 and chunk.count != 1:
+    if u.shape[1] == 1 and chunk.size != 1:
         return u.to(dtype).reshape(-1, u.shape[-1])
     return _to_rows((u if u.shape[1] == 1 else u[:, chunk.items]).to(dtype))
 
