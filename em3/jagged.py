@@ -56,9 +56,10 @@ class Stream(NamedTuple):
     offsets: Tensor | None  # [B + 1] int64
     mask: Tensor | None  # [B, N] bool
 
-    @property
-    def items(self) -> int:
-        return self.values.shape[0] if self.offsets is None else self.offsets.shape[0] - 1
+
+def num_items(stream: Stream) -> int:
+    """``B``. A function, for torch.compile of torch 2.10 cannot trace a property of a named tuple."""
+    return stream.values.shape[0] if stream.offsets is None else stream.offsets.shape[0] - 1
 
 
 def check_offsets_form(offsets: Any, name: str) -> None:

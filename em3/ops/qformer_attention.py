@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..jagged import Stream, parse_stream
+from ..jagged import Stream, num_items, parse_stream
 from . import _checks, _dispatch, _projected
 
 STRATEGIES = ("auto", "absorb", "project")
@@ -98,7 +98,7 @@ def cheaper(streams: Sequence[Stream], q: int, h: int, d: int) -> str:
     absorb = project = 0
     for stream in streams:
         c = stream.values.shape[-1]
-        batch = stream.items
+        batch = num_items(stream)
         tokens = stream.values.shape[0] * (stream.values.shape[1] if stream.offsets is None else 1)
         absorb += 5 * tokens * h * q * c + 3 * batch * q * c * d
         project += 4 * tokens * c * d + 7 * tokens * q * d
@@ -156,7 +156,7 @@ def _check(query: Tensor, streams: Sequence[Stream], w_q: Tensor, w_k: Sequence[
            w_o: Tensor, b_q: Tensor | None, b_k: Sequence[Tensor | None], b_v: Sequence[Tensor | None],
            b_o: Tensor | None, num_heads: int) -> int:  # fmt: skip
     """Everything that shapes, dtypes and devices can show; returns ``B``."""
-    batch = streams[0].items
+    batch = num_items(streams[0])
     if query.dim() not in (2, 3):
         raise ValueError(f"query: was {list(query.shape)}, must be [Q, D] or [B, Q, D]")
     d = query.shape[-1]
@@ -168,8 +168,8 @@ def _check(query: Tensor, streams: Sequence[Stream], w_q: Tensor, w_k: Sequence[
     }  # fmt: skip
     for i, stream in enumerate(streams):
         width = stream.values.shape[-1]
-        if stream.items != batch:
-            raise ValueError(f"streams[{i}]: had {stream.items} items, must have {batch} like streams[0]")
+        if num_items(stream) != batch:
+            raise ValueError(f"streams[{i}]: had {num_items(stream)} items, must have {batch} like streams[0]")
         named |= {f"w_k[{i}]": (w_k[i], [d, width]), f"w_v[{i}]": (w_v[i], [d, width]),
                   f"b_k[{i}]": (b_k[i], [d]), f"b_v[{i}]": (b_v[i], [d])}  # fmt: skip
     for name, (tensor, expected) in named.items():
