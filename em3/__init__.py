@@ -10,13 +10,16 @@ from typing import Any
 from . import ops
 from ._version import __version__
 from .jagged import Jagged
-from .layers import QFormerAttention
+from .layers import ContentIDContrastiveLoss, LoRALinear, LoRATargetAttention, QFormerAttention
 from .ops._checks import debug_checks
 from .ops._dispatch import BackendError, set_backend, use_backend
 
 __all__ = [
     "BackendError",
+    "ContentIDContrastiveLoss",
     "Jagged",
+    "LoRALinear",
+    "LoRATargetAttention",
     "QFormerAttention",
     "__version__",
     "debug_checks",

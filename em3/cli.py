@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -44,7 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     module = importlib.import_module(COMMANDS[name][0])
     of_command = argparse.ArgumentParser(prog=f"em3 {name}", description=COMMANDS[name][1])
     module.add_arguments(of_command)
-    status: int = module.run(of_command.parse_args(argv[first + 1 :]))
+    try:
+        status: int = module.run(of_command.parse_args(argv[first + 1 :]))
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        status = 1
     return status
 
 

@@ -262,7 +262,9 @@ def _cpu_lines(features: dict[str, Any] | None) -> list[str]:
     if features is None:
         return []
     sets = [f"{name} ({reason or 'usable'})" for name, reason in features["isa"].items()]
-    return [f"uses {features['default']}, of {', '.join(sets)}", f"threads: {features['threads']}"]
+    forced = os.environ.get("EM3_CPU_ISA")
+    used = f"{forced}, forced by EM3_CPU_ISA" if forced else features["default"]
+    return [f"uses {used}, of {', '.join(sets)}", f"threads: {features['threads']}"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -171,6 +171,22 @@ def test_an_extension_of_another_version_is_reported(monkeypatch):
     assert "em3._C is of em3 0.0.0" in str(env.env_report())
 
 
+def test_forced_instruction_set_is_named(monkeypatch):
+    if env.extension()[0] is None:
+        pytest.skip("em3._C is not built")
+    monkeypatch.setenv("EM3_CPU_ISA", "baseline")
+    assert "uses baseline, forced by EM3_CPU_ISA, of baseline (usable)" in str(em3.env_report())
+
+
+def test_a_reader_that_stops_early_is_no_traceback():
+    code = "import sys; from em3.cli import main; sys.exit(main(['env']))"
+    writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert writer.stdout
+    writer.stdout.close()
+    assert writer.communicate()[1] == ""
+    assert writer.returncode == 1
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["--version"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 
@@ -21,7 +23,7 @@ def lora_linear(x, weight, bias, lora_a, lora_b, *, scaling=1.0, adapter=None, o
 
 def _adapter_of_rows(offsets, shape):
     adapter = torch.full(shape, -1, device=offsets.device)
-    bounds, flat = offsets.tolist(), adapter.view(-1)
-    for g, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    flat = adapter.view(-1)
+    for g, (start, end) in enumerate(pairwise(offsets.tolist())):
         flat[start:end] = g
     return adapter

@@ -68,7 +68,7 @@ def shapes(draw: st.DrawFn, tiny: bool = True) -> dict[str, Any]:
     return dict(
         batch=batch, lengths=lengths, heads=draw(st.sampled_from([1, 2, 3] if tiny else [2, 4])),
         e=draw(st.sampled_from([1, 4, 7] if tiny else [16])), c=draw(st.sampled_from([1, 3, 16, 33] if tiny else [16, 33])),
-        rows=draw(st.sampled_from([1, 5, 100] if tiny else [20, 100])), m=draw(st.sampled_from([None, 1, 4])),
+        rows=draw(st.sampled_from([2, 5, 100] if tiny else [20, 100])), m=draw(st.sampled_from([None, 1, 4])),
         rank=draw(st.sampled_from([None, 1, 3])), holes=draw(st.booleans()), bank_grad=draw(st.booleans()),
     )  # fmt: skip
 
