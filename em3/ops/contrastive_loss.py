@@ -73,7 +73,7 @@ def contrastive_loss(content: Tensor, ids_embedding: Tensor, *, item_ids: Tensor
     autocast = torch.is_autocast_enabled(content.device.type)
     dtype = content.dtype
     if autocast:  # A bf16 logit near 100 is off by 0.25: nothing is cast down here, half inputs are cast up.
-        content, ids_embedding, negatives = (_widened(t, t) for t in (content, ids_embedding, negatives))
+        content, ids_embedding, negatives = (_widened(t, content) for t in (content, ids_embedding, negatives))
         dtype = content.dtype
     _check(content, ids_embedding, item_ids, logit_scale, log_q, weight, negatives)
     _check_options(item_ids is not None, negatives is not None, duplicates, direction, reduction)
@@ -107,7 +107,7 @@ def _losses(x: Tensor, y: Tensor, extra: Tensor | None, scale: Tensor, item_ids:
     # At the threshold log(1 + e^40) is 40 in float64 too; the default of 20 is off by 2e-9.
     ways = [F.softplus(n - positive, threshold=40) for n, a in zip(statistics, asked, strict=True) if a]
     loss = sum(ways[1:], ways[0]) / len(ways)
-    if duplicates != "positive":
+    if duplicates != "positive" or item_ids is None:
         return loss
     group, count = _groups(item_ids)
     spread_y, spread_x = y - _mean_of_group(y, group, count), x - _mean_of_group(x, group, count)  # [B, V]

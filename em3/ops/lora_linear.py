@@ -50,7 +50,7 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, 
 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, section 4.1.
     """
-    x, weight, bias, lora_a, lora_b = _checks.autocast(x, weight, bias, lora_a, lora_b, device=x.device)  # type: ignore[assignment]
+    x, weight, bias, lora_a, lora_b = _checks.autocast(x, weight, bias, lora_a, lora_b, device=x.device)
     _check(x, weight, bias, lora_a, lora_b)
     factor, factors = _scaling(scaling, x, lora_a)
     _check_rows(x, lora_a, adapter, offsets)

@@ -28,7 +28,7 @@ def contrastive_loss(content, ids_embedding, *, item_ids=None, duplicates="mask"
         ways.append(one_way(content, ids_embedding, extra))
     if direction in ("both", "id_to_content"):
         ways.append(one_way(ids_embedding, content, extra[:0]))
-    loss = sum(ways) / len(ways)  # [B]
+    loss = torch.stack(ways).mean(0)  # [B]
 
     weight = torch.ones_like(loss) if weight is None else weight
     if reduction == "none":

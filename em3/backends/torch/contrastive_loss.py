@@ -33,11 +33,11 @@ def unavailable() -> str | None:
     return None
 
 
-def supports(*args) -> str | None:
+def supports(*args: object) -> str | None:
     return None
 
 
-def wins(*args) -> bool:
+def wins(*args: object) -> bool:
     return True
 
 
@@ -67,15 +67,18 @@ def backward(drow: Tensor | None, dcol: Tensor | None, x: Tensor, y: Tensor, sca
              ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients to ``x, y, scale, offset``; an empty tensor for each that ``need`` leaves out."""
     sheet = _arrange(x, y, scale, item_ids, offset)
-    row, col, drow, dcol = (t if sheet.order is None or t is None or not t.numel() else t[sheet.order]
-                            for t in (row, col, drow, dcol))  # fmt: skip
+    row, col = _arranged(sheet, row), _arranged(sheet, col)
+    drow, dcol = (None if t is None else _arranged(sheet, t) for t in (drow, dcol))
     need_x, need_y, need_scale, need_offset = need
     to_x = torch.zeros_like(sheet.x) if need_x or need_scale else None  # [B, V]
     to_y = torch.zeros_like(sheet.y) if need_y else None  # [M, V]
-    to_offset = torch.zeros_like(sheet.offset) if need_offset else None  # [M]
+    to_offset = torch.zeros_like(sheet.offset) if need_offset and sheet.offset is not None else None  # [M]
     shift = _one_shift(sheet)
-    tiles = _softmaxes if shift is None or not _in_range(sheet, shift, row, col) else _shifted_softmaxes
-    for r, c, ds in tiles(sheet, shift, drow, dcol, row, col, to_offset):  # [r, c] of the gradient to S
+    if shift is None or not _in_range(sheet, shift, row, col):
+        tiles = _softmaxes(sheet, drow, dcol, row, col, to_offset)
+    else:
+        tiles = _shifted_softmaxes(sheet, shift, drow, dcol, row, col, to_offset)
+    for r, c, ds in tiles:  # [r, c] of the gradient to S
         if to_x is not None:
             to_x[r].addmm_(ds, sheet.y[c])
         if to_y is not None:
@@ -203,10 +206,15 @@ def _shifted_softmaxes(sheet: Sheet, shift: float, drow: Tensor | None, dcol: Te
             torch.add(a[r, None], b[c], out=factor)
         else:
             torch.mul(a[r, None], weights[c], out=factor).addcmul_(weights[r, None], b[c])
-        if to_offset is not None:
+        if to_offset is not None and weights is not None:
             to_offset[c] += torch.mv(e.t(), a[r]) * weights[c]
             to_offset[r] += torch.mv(e, b[c]) * weights[r]
         yield r, c, e.mul_(factor)
+
+
+def _arranged(sheet: Sheet, t: Tensor) -> Tensor:
+    """``[B]`` in the order of the sheet; a direction that was not asked for has an empty tensor."""
+    return t if sheet.order is None or not t.numel() else t[sheet.order]
 
 
 def _logsumexps(sheet: Sheet, rows: bool, cols: bool) -> tuple[Tensor, Tensor]:
@@ -221,7 +229,7 @@ def _logsumexps(sheet: Sheet, rows: bool, cols: bool) -> tuple[Tensor, Tensor]:
     return row, col
 
 
-def _softmaxes(sheet: Sheet, _: float | None, drow: Tensor | None, dcol: Tensor | None, row: Tensor, col: Tensor,
+def _softmaxes(sheet: Sheet, drow: Tensor | None, dcol: Tensor | None, row: Tensor, col: Tensor,
                to_offset: Tensor | None) -> Iterator[tuple[slice, slice, Tensor]]:  # fmt: skip
     # A row without a candidate has only -inf logits: against +inf instead of -inf they give 0, not NaN.
     row, col = (t.masked_fill(t == -torch.inf, torch.inf) for t in (row, col))

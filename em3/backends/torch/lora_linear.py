@@ -34,11 +34,11 @@ def unavailable() -> str | None:
     return None
 
 
-def supports(*args) -> str | None:
+def supports(*args: object) -> str | None:
     return None
 
 
-def wins(*args) -> bool:
+def wins(*args: object) -> bool:
     return True
 
 
@@ -195,7 +195,7 @@ class Mixed:
         t = x.shape[0]
         if r >= 32 and t >= 32 * g:  # the table above
             return self._shrink_tiles(x, a)
-        low = a.new_empty(t, r)
+        low = a.new_empty(t, r)  # of a row without adapter: some adapter's; expand_ and collect leave it out
         for span in _spans(t, c):
             bags = self._bags(span, r)
             first = torch.arange(0, bags.numel(), r, device=x.device)  # where each row's bag begins
@@ -203,14 +203,13 @@ class Mixed:
             low[span] = torch.ops.aten._embedding_bag_per_sample_weights_backward(
                 x[span].to(a.dtype).contiguous(), a.view(g * r, c), bags.view(-1), first, row, 0
             ).view(-1, r)
-        return low if self.complete else low.masked_fill_(self.absent, 0)
+        return low
 
     def expand_(self, y: Tensor, low: Tensor, b: Tensor) -> None:
         g, r, d = b.shape
         for span in _spans(*y.shape):
             delta = F.embedding_bag(self._bags(span, r), b.view(g * r, d), per_sample_weights=low[span], mode="sum")
             if not self.complete:
-                # low is zero there, but zero times an infinite B is not.
                 delta.masked_fill_(self.absent[span], 0)
             y[span] += delta
 
