@@ -172,15 +172,15 @@ class Mixed:
     is a product a tile. A tile is ``m`` rows of one adapter, cut from the rows sorted by adapter; their number has
     a bound that needs no look at the indices, ``T / m + G``.
 
-    Measured, float32, 2 threads, C = D, ms a call (a bag's ``collect`` took 9 to 12 at R=8 and 60 to 110 at R=64)::
+    Measured, float32, 2 threads, C = D, ms a call (a bag's ``collect``: 5 to 12 at R=8, 38 to 110 at R=64)::
 
         T, C, G, R          shrink: bag  tiles   expand_: bag  tiles   collect: tiles
-        8192, 512, 64, 8            3.5    4.6            2.7     12              4.2
-        8192, 512, 64, 64            16     15             12     23               12
+        8192, 512, 64, 8            3.5    4.6            2.7    6.5              4.2
+        8192, 512, 64, 64            16     15             12     12               12
         8192, 512, 512, 64           31     49             33                      55
         16384, 128, 4, 64            19      6              5      5                9
-        16384, 128, 64, 32           10      7              4      6                6
-        16384, 128, 64, 8           2.1    2.7            1.3    4.3              1.9
+        16384, 128, 64, 32           10      7              3      4                4
+        16384, 128, 64, 8           2.1    2.7            1.3    3.3              1.9
     """
 
     def __init__(self, adapter: Tensor, g: int) -> None:
