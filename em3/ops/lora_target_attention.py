@@ -99,13 +99,13 @@ def _absorbed_form(q: Tensor, ids: Tensor, offsets: Tensor | None, bank: Tensor,
     u = torch.bmm(rows, w_k.view(h, e, -1))  # [H, B * M, C]
     if lora_k is not None:  # kept apart from w_k: in bf16 their sum would round small updates away
         a, b, scaling = lora_k
-        u = u + scaling * (torch.bmm(rows, b.view(h, e, -1)) @ a)
+        u = torch.baddbmm(u, torch.bmm(rows, b.view(h, e, -1)), a.expand(h, -1, -1), alpha=scaling)
     y, _ = torch.ops.em3.lora_target_attention(u.view(h, batch, m, -1), ids, offsets, bank, request)
     y = y.view(h, batch * m, -1)
     out = torch.bmm(y, w_v.view(h, e, -1).transpose(1, 2))  # [H, B * M, E]
     if lora_v is not None:
         a, b, scaling = lora_v
-        out = out + scaling * torch.bmm(y @ a.t(), b.view(h, e, -1).transpose(1, 2))
+        out = torch.baddbmm(out, y @ a.t(), b.view(h, e, -1).transpose(1, 2), alpha=scaling)
     return out.view(h, batch, m, e).permute(1, 2, 0, 3).reshape(batch, m, h * e)
 
 
