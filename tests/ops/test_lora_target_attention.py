@@ -206,8 +206,8 @@ def test_a_row_number_outside_the_bank_is_never_read():
 
 def test_the_cost_model_takes_the_cheaper_form():
     bank = torch.empty(100_000, 256, device="meta")
-    assert cheaper(64 * 200, bank, 1, 4, 256) == "absorb"
-    assert cheaper(1 * 200, bank, 500, 4, 256) == "project"
+    assert cheaper(64 * 200, 64, bank, 1, 4, 256) == "absorb"
+    assert cheaper(1 * 200, 1, bank, 500, 4, 256) == "project"
 
 
 def messages() -> dict[str, tuple[dict[str, Any], str]]:
