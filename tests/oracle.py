@@ -36,6 +36,15 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
+def moved(value: Any, device: str) -> Any:
+    """A copy of a nest of lists and dicts on another device; leaves keep requires_grad."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device).requires_grad_(value.requires_grad)
+    if isinstance(value, dict):
+        return {k: moved(v, device) for k, v in value.items()}
+    return type(value)(moved(v, device) for v in value) if isinstance(value, (list, tuple)) else value
+
+
 def convert(value: Any, dtype: torch.dtype) -> Any:
     """A copy of a nest of lists and dicts with every floating-point leaf in ``dtype``; leaves keep requires_grad."""
     if isinstance(value, Tensor):

@@ -1,0 +1,72 @@
+"""The four operations on a GPU against their references in float64 on the same GPU: ``pytest tests/gpu``.
+
+What differs there from the CPU: other branches of the torch backend, index tensors that nobody looks at, and products
+in TF32 where the user allows them (not here).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import em3
+from em3 import reference
+from tests import oracle
+from tests.ops import test_contrastive_loss as cl
+from tests.ops import test_lora_linear as ll
+from tests.ops import test_lora_target_attention as lta
+from tests.ops import test_qformer_attention as qa
+
+DEVICE = "cuda"
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def on_gpu(args):
+    return oracle.moved(args, DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("strategy", ["absorb", "project"])
+@pytest.mark.parametrize("lengths", [[70, 33], [[5, 0, 70, 1], [0, 0, 9, 40]], [64, [5, 0, 70, 1]]], ids=["padded", "jagged", "both"])
+def test_qformer_attention(lengths, strategy, dtype):
+    args = qa.make(4, 8, 4, 16, [48, 96], lengths, masked=True)
+    oracle.check(qa.op(strategy, "torch"), qa.plain, on_gpu(args), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("g", "route"), [(None, "adapter"), (5, "adapter"), (5, "offsets")])
+def test_lora_linear(g, route, dtype):
+    oracle.check(ll.op("torch"), ll.reference, on_gpu(ll.make((64, 9), 48, 32, 8, g, route=route)), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("strategy", ["absorb", "project"])
+@pytest.mark.parametrize("lengths", [70, [5, 0, 70, 1]], ids=["padded", "jagged"])
+def test_lora_target_attention(lengths, strategy, dtype):
+    args = lta.make(4, 4, 16, 48, 100, lengths, m=3, holes=True)
+    oracle.check(lta.op(strategy, "torch"), lta.plain, on_gpu(args), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("duplicates", ["mask", "positive", "keep"])
+@pytest.mark.parametrize("b", [64, 2100])
+def test_contrastive_loss(b, duplicates, dtype):
+    args = cl.make(b, 32, ids=b // 2, log_q=True, weight=True, duplicates=duplicates)
+    oracle.check(cl.op("torch"), reference.contrastive_loss, on_gpu(args), dtype)
+
+
+def test_a_row_number_outside_the_bank_is_missing_and_an_error_under_debug_checks():
+    args = on_gpu(lta.make(2, 2, 4, 6, 5, 3, holes=True))
+    wild = args | {"ids": torch.tensor([[1, 10**12, 4], [-(10**12), 5, 0]], device=DEVICE)}
+    tame = args | {"ids": torch.tensor([[1, -1, 4], [-1, -1, 0]], device=DEVICE)}
+    for strategy in ("absorb", "project"):
+        torch.testing.assert_close(lta.op(strategy, "torch")(**wild), lta.op(strategy, "torch")(**tame))
+        with em3.debug_checks(), pytest.raises(ValueError, match="history: held"):
+            lta.op(strategy, "torch")(**wild)
+
+
+def test_arguments_on_two_devices_are_an_error():
+    args = on_gpu(lta.make(2, 2, 4, 6, 5, 3))
+    with pytest.raises(ValueError, match="bank: was on cpu, must be on cuda:0 like target"):
+        lta.op("auto", "auto")(**args | {"bank": args["bank"].detach().cpu()})
