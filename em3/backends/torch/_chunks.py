@@ -41,6 +41,11 @@ class Piece(NamedTuple):
     source: Tensor | slice  # where x came from: row numbers [b, n] into values' rows, or a slice of items
 
 
+class _Kept(threading.local):
+    def __init__(self) -> None:  # once in every thread
+        self.buffers: dict[tuple[int, torch.dtype], Tensor] = {}
+
+
 class Scratch:
     """Memory for the gathered rows of one stream, overwritten by the next chunk.
 
@@ -49,7 +54,7 @@ class Scratch:
     memory of its own for each call, 16.2 with memory that is kept.
     """
 
-    _kept = threading.local()
+    _kept = _Kept()
 
     def __init__(self, stream: int) -> None:
         self.stream = stream
@@ -58,7 +63,7 @@ class Scratch:
     def take(self, rows: int, values: Tensor) -> Tensor:
         size = rows * values.shape[1]
         keeps = values.device.type == "cpu" and size <= BUDGET
-        kept: dict[tuple[int, torch.dtype], Tensor] = self._kept.__dict__
+        kept = self._kept.buffers
         buffer = kept.get((self.stream, values.dtype)) if keeps else self.buffer
         if buffer is None or buffer.numel() < size:
             buffer = values.new_empty(size)
@@ -92,8 +97,8 @@ def chunks(streams: list[Rows], num_items: int, row_cost: int) -> Iterator[Chunk
         step = max(1, BUDGET // max(1, tokens * row_cost))
         for start in range(0, num_items, step):
             stop = min(num_items, start + step)
-            items = slice(start, stop)
-            yield Chunk(items, stop - start, [_padded(s, items, w) for s, w in zip(streams, scratch, strict=True)])
+            some = slice(start, stop)
+            yield Chunk(some, stop - start, [_padded(s, some, w) for s, w in zip(streams, scratch, strict=True)])
         return
     lengths = torch.stack([_lengths(s, num_items) for s in streams])  # [M, B]
     order = lengths.sum(0).sort(stable=True)  # items of like length together: little padding
