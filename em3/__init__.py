@@ -10,13 +10,16 @@ from typing import Any
 from . import ops
 from ._version import __version__
 from .jagged import Jagged
-from .layers import ContentIDContrastiveLoss, LoRALinear, LoRATargetAttention, QFormerAttention
+from .layers import ContentIDContrastiveLoss, FusionQFormer, LoRALinear, LoRATargetAttention, QFormerAttention
+from .models import EM3
 from .ops._checks import debug_checks
 from .ops._dispatch import BackendError, set_backend, use_backend
 
 __all__ = [
+    "EM3",
     "BackendError",
     "ContentIDContrastiveLoss",
+    "FusionQFormer",
     "Jagged",
     "LoRALinear",
     "LoRATargetAttention",

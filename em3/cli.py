@@ -16,6 +16,10 @@ from collections.abc import Sequence
 from ._version import __version__
 
 COMMANDS = {  # name: (module, one line for `em3 --help`)
+    "data": ("em3.commands.data", "make the synthetic catalogue, or look at one of your own"),
+    "train": ("em3.commands.train", "train a ranker with IDs alone, with frozen content and with EM3; write a report"),
+    "evaluate": ("em3.commands.evaluate", "metrics of a run's trained models"),
+    "embed": ("em3.commands.embed", "content embeddings of new items to Parquet or npy"),
     "env": ("em3.env", "what is installed, compiled and usable here, and why the rest is not"),
 }
 

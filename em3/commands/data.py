@@ -1,0 +1,46 @@
+"""`em3 data`: make the synthetic catalogue, or look at a catalogue of any layout."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .progress import complaints
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="make | show")
+    make = actions.add_parser("make", help="the synthetic catalogue: rendered pictures, written titles, known click odds")
+    make.add_argument("folder", type=Path)
+    make.add_argument("--items", type=int, default=2000)
+    make.add_argument("--users", type=int, default=2500)
+    make.add_argument("--seed", type=int, default=0)
+    show = actions.add_parser("show", help="read a catalogue, check it, and say what is in it")
+    show.add_argument("folder", type=Path)
+    show.add_argument("--posters", type=Path, help="folder of pictures, for MovieLens")
+
+
+def run(args: argparse.Namespace) -> int:
+    with complaints():
+        if args.action == "make":
+            from ..data.catalogue import make
+
+            make(args.folder, num_items=args.items, num_users=args.users, seed=args.seed, progress=True)
+            print(args.folder)
+        else:
+            _show(args)
+    return 0
+
+
+def _show(args: argparse.Namespace) -> None:
+    from ..data.open import open_data
+    from ..data.table import SPLITS
+
+    data = open_data(args.folder, args.posters)
+    items, rows = data.items, data.rows
+    print(f"{data.name}: {len(items.ids):,} items, {data.num_users:,} users, {len(data.events.user):,} events")
+    print(f"  {sum(p is not None for p in items.pictures):,} items with a picture, {sum(map(bool, items.texts)):,} with a text")
+    for split in SPLITS:
+        of_split = data.of_split(split)
+        label, cold = rows.label[of_split], rows.cold[of_split]
+        print(f"  {split}: {len(of_split):,} rows, {label.mean():.1%} of them clicked, {cold.mean():.1%} of cold items")

@@ -1,0 +1,37 @@
+"""`em3 evaluate`: metrics of a run's trained models on one of its splits."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .progress import Progress, complaints
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="RUN", help="run folder of `em3 train`")
+    parser.add_argument("--split", choices=("train", "valid", "test"), default="test")
+    parser.add_argument("--arm", action="append", help="arm of the run, all by default; may be given several times")
+
+
+def run(args: argparse.Namespace) -> int:
+    with complaints():
+        from ..train import checkpoint
+        from ..train import config as configs
+        from ..train.loop import BEST
+        from ..train.run import CONFIG, Run
+
+        config = configs.load([args.folder / CONFIG])
+        for arm in args.arm or ():
+            if arm not in config.arms:
+                raise configs.ConfigError(f"--arm: was {arm!r}, must be one of the run's: {', '.join(config.arms)}")
+        with Progress() as progress:
+            made = Run(config, args.folder, progress)
+            for arm in args.arm or config.arms:
+                for seed in config.seeds:
+                    training = made.training(arm, seed)
+                    checkpoint.load(training.folder / BEST, training.model)
+                    found = training.evaluate(args.split)
+                    shown = ", ".join(f"{k} {v:.4f}" for k, v in found.items() if v is not None)
+                    print(f"{arm} seed {seed} {args.split}: {shown}", flush=True)
+    return 0

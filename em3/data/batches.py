@@ -1,0 +1,100 @@
+"""Batches of rows to rank, with each row's history cut out of the events."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..jagged import Jagged
+from .table import RankingData
+
+
+@dataclass(frozen=True)
+class Batch:
+    """``B`` rows. Items come twice: as catalogue numbers, which content is read by, and as ID rows.
+
+    An ID row is the number plus one, and 0 for a user or item that training has not seen.
+    """
+
+    user_id: Tensor  # [B] int64, ID row
+    item: Tensor  # [B] int64, catalogue number
+    item_id: Tensor  # [B] int64, ID row
+    history: Jagged  # catalogue numbers, oldest first
+    history_id: Jagged  # ID rows, the same offsets
+    label: Tensor  # [B] float32
+    distinct: Tensor  # [U] int64, the catalogue numbers in `item`, each once, ascending
+    inverse: Tensor  # [B] int64: item == distinct[inverse]
+
+    def distinct_id(self) -> Tensor:
+        """``[U]``: the ID rows of ``distinct``."""
+        return torch.empty_like(self.distinct).scatter_(0, self.inverse, self.item_id)
+
+
+class Batches:
+    """Makes batches of a catalogue's rows.
+
+    Args:
+        data: the catalogue, its events and rows.
+        history_length: at most so many events a history, the latest ones.
+    """
+
+    def __init__(self, data: RankingData, history_length: int) -> None:
+        events, rows = data.events, data.rows
+        known_users, known_items = data.known()
+        self.data, self.history_length = data, history_length
+        self._user_id = np.where(known_users, np.arange(data.num_users) + 1, 0)
+        self._item_id = np.where(known_items, np.arange(len(data.items.ids)) + 1, 0)
+        # Events by user, in order of time within each; a row's history ends where the user's first event at or after
+        # `before` stands.
+        order = np.argsort(events.user, kind="stable")
+        self._event_item = events.item[order]
+        total = len(order)
+        place = events.user[order] * total + order  # ascending
+        self._stop = np.searchsorted(place, rows.user * total + np.minimum(rows.before, total))
+        start = np.searchsorted(place, rows.user * total)
+        self._start = np.maximum(start, self._stop - history_length)
+
+    @property
+    def num_ids(self) -> tuple[int, int]:
+        """Rows that ID tables of users and of items need."""
+        return len(self._user_id) + 1, len(self._item_id) + 1
+
+    def item_ids(self) -> Tensor:
+        """``[n]`` int64: the ID row of each catalogue item."""
+        return torch.from_numpy(self._item_id)
+
+    def history_lengths(self, rows: np.ndarray) -> np.ndarray:
+        return self._stop[rows] - self._start[rows]
+
+    def of(self, rows: np.ndarray) -> Batch:
+        """The batch of the rows at these positions."""
+        table = self.data.rows
+        offsets = np.concatenate([[0], np.cumsum(self.history_lengths(rows))])
+        # Where in the events by user each history entry stands: its number in the batch, shifted to its row's start.
+        places = np.arange(offsets[-1]) + np.repeat(self._start[rows] - offsets[:-1], np.diff(offsets))
+        item, history = table.item[rows], self._event_item[places]
+        distinct, inverse = np.unique(item, return_inverse=True)
+        bounds = torch.from_numpy(offsets)
+        return Batch(
+            user_id=torch.from_numpy(self._user_id[table.user[rows]]),
+            item=torch.from_numpy(item),
+            item_id=torch.from_numpy(self._item_id[item]),
+            history=Jagged(torch.from_numpy(history), bounds),
+            history_id=Jagged(torch.from_numpy(self._item_id[history]), bounds),
+            label=torch.from_numpy(table.label[rows]),
+            distinct=torch.from_numpy(distinct),
+            inverse=torch.from_numpy(inverse),
+        )
+
+    def epoch(self, rows: np.ndarray, batch_size: int, seed: int, epoch: int, skip: int = 0) -> Iterator[Batch]:
+        """The rows in an order that ``seed`` and ``epoch`` fix, in whole batches, without the first ``skip`` of them.
+
+        Rows that fill no batch are left out of this epoch; if there is less than one batch, they are the batch.
+        """
+        order = np.random.default_rng([seed, epoch]).permutation(rows)
+        for start in range(skip * batch_size, max(len(order) - batch_size, 0) + 1, batch_size):
+            yield self.of(order[start : start + batch_size])

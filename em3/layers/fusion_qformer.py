@@ -1,0 +1,108 @@
+"""``FusionQFormer``: a few trainable queries fuse the tokens of several modalities into one content embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .qformer_attention import QFormerAttention
+
+
+class FusionQFormer(nn.Module):
+    """Tokens of ``M`` modality streams -> one content embedding an item.
+
+    Each layer lets the queries attend to each other, in every ``cross_every``-th layer to the tokens of all streams
+    under one softmax, and passes them through a feed-forward block. The queries of the last layer, normalised and side
+    by side, are projected to the embedding. An item without a token in any stream still gets a (constant) embedding.
+
+    Args:
+        token_dims: ``C_m`` of each stream.
+        dim: ``D``, the width of the queries.
+        num_queries: ``Q``.
+        num_layers: at least 1.
+        num_heads: ``H``; divides ``dim``.
+        out_dim: width of the embedding, ``dim`` by default.
+        ffn_dim: inner width of the feed-forward block, ``4 * dim`` by default.
+        cross_every: the first of each so many layers reads the tokens (BLIP-2: 2).
+        norm: ``"pre"`` or ``"post"``: LayerNorm before each block, or after its residual sum (BLIP-2).
+        dropout: of each block's output, in training.
+        strategy, backend: as in :func:`em3.ops.qformer_attention`.
+
+    Raises:
+        ValueError: naming the argument, what it was and what it must be.
+
+    Source: Q-Former (BLIP-2, arXiv 2301.12597, section 3.1), used over several modalities by EM3 (arXiv 2404.06078).
+    """
+
+    def __init__(self, token_dims: Sequence[int], dim: int, *, num_queries: int, num_layers: int = 1, num_heads: int = 4,
+                 out_dim: int | None = None, ffn_dim: int | None = None, cross_every: int = 1, norm: str = "pre",
+                 dropout: float = 0.0, strategy: str = "auto", backend: str | None = None) -> None:  # fmt: skip
+        super().__init__()
+        for name, value in dict(num_queries=num_queries, num_layers=num_layers, cross_every=cross_every).items():
+            if value < 1:
+                raise ValueError(f"{name}: was {value}, must be at least 1")
+        if norm not in ("pre", "post"):
+            raise ValueError(f"norm: was {norm!r}, must be 'pre' or 'post'")
+        self.query = nn.Parameter(torch.empty(num_queries, dim))
+        self.layers = nn.ModuleList(
+            FusionLayer(
+                token_dims if i % cross_every == 0 else None, dim, num_heads, 4 * dim if ffn_dim is None else ffn_dim,
+                norm, dropout, strategy, backend,
+            )
+            for i in range(num_layers)
+        )  # fmt: skip
+        # After post-norm layers this is the last of theirs once more, which costs nothing that could be measured.
+        self.norm = nn.LayerNorm(dim)
+        self.out = nn.Linear(num_queries * dim, dim if out_dim is None else out_dim)
+        nn.init.normal_(self.query, std=dim**-0.5)
+
+    def queries(self, streams: Any, masks: Sequence[Tensor | None] | None = None) -> Tensor:
+        """What the queries have read, ``[B, Q, D]``: BLIP-2's output, before the projection to one embedding."""
+        x = self.query[None]  # [1, Q, D]: one copy serves all items until the first cross-attention
+        for layer in self.layers:
+            x = layer(x, streams, masks)
+        return self.norm(x)
+
+    def forward(self, streams: Any, masks: Sequence[Tensor | None] | None = None) -> Tensor:
+        """``streams`` and ``masks`` as in :func:`em3.ops.qformer_attention` -> ``[B, out_dim]``."""
+        return self.out(self.queries(streams, masks).flatten(1))
+
+
+class FusionLayer(nn.Module):
+    """Self-attention among the queries, cross-attention to the tokens (unless ``token_dims`` is None), feed-forward."""
+
+    def __init__(self, token_dims: Sequence[int] | None, dim: int, num_heads: int, ffn_dim: int, norm: str,
+                 dropout: float, strategy: str, backend: str | None) -> None:  # fmt: skip
+        super().__init__()
+        self.num_heads, self.pre, self.dropout = num_heads, norm == "pre", dropout
+        self.norm_self = nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.cross = self.norm_cross = None
+        if token_dims is not None:
+            self.norm_cross = nn.LayerNorm(dim)
+            self.cross = QFormerAttention(token_dims, dim, num_heads=num_heads, strategy=strategy, backend=backend)
+        self.norm_ffn = nn.LayerNorm(dim)
+        self.ffn_in = nn.Linear(dim, ffn_dim)
+        self.ffn_out = nn.Linear(ffn_dim, dim)
+
+    def forward(self, x: Tensor, streams: Any, masks: Sequence[Tensor | None] | None) -> Tensor:
+        """``x [1 or B, Q, D]`` -> ``[B, Q, D]``, still ``[1, Q, D]`` if no layer so far has read the tokens."""
+        x = self._residual(x, self.norm_self, self._among_queries)
+        if self.cross is not None and self.norm_cross is not None:
+            cross = self.cross
+            x = self._residual(x, self.norm_cross, lambda q: cross(q[0] if len(q) == 1 else q, streams, masks))
+        return self._residual(x, self.norm_ffn, lambda q: self.ffn_out(F.gelu(self.ffn_in(q))))
+
+    def _residual(self, x: Tensor, norm: nn.Module, block: Any) -> Tensor:
+        if self.pre:
+            return x + F.dropout(block(norm(x)), self.dropout, self.training)
+        return norm(x + F.dropout(block(x), self.dropout, self.training))
+
+    def _among_queries(self, x: Tensor) -> Tensor:
+        heads = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [3, 1 or B, H, Q, E]
+        return self.proj(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))

@@ -1,0 +1,175 @@
+"""``EM3``: the three parts around a ranking model, trained by the ranking loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..data.batches import Batch
+from ..jagged import Jagged
+from ..layers import ContentIDContrastiveLoss, LoRATargetAttention
+from .ids import owners, sum_by_owner
+
+GRADIENTS = ("both", "content", "id")
+
+
+class Losses(NamedTuple):
+    """What a training step minimises, its parts, and the content that was computed on the way."""
+
+    total: Tensor
+    ranking: Tensor  # binary cross entropy
+    contrast: Tensor  # 0 where there is no contrast
+    content: Tensor  # [U, content_dim], of the batch's distinct items
+
+
+class EM3(nn.Module):
+    """A ranking model, joined by its target's content and by what that content finds in the user's history.
+
+    Per batch: the tokens of each distinct target item go through ``fusion`` to its content embedding ``c`` (with
+    gradient); ``interest`` reads ``r`` out of the history's content embeddings in the bank (cached, without gradient),
+    whose mean is ``m``; the ranker scores the rows with how these compare among its inputs, see :meth:`compare`; the loss
+    is binary cross entropy plus ``contrast_weight`` times the content-ID contrast of the batch's items.
+
+    The bank holds the content embedding of every item. After a training step ``write_back`` puts the batch's items into
+    it; ``refresh`` recomputes all of it. Scoring reads targets from the bank
+    too, so a new item is served as soon as it is filled in.
+
+    Args:
+        ranker: any module with ``forward(batch, extra [B, X]) -> logits [B]`` and ``item_embedding(item_id [K]) ->
+            [K, V]``, built for ``X = EM3.extra_dim(content_dim)`` further dense features.
+        fusion: tokens -> content, as :class:`em3.FusionQFormer`: a module that maps a list of streams to
+            ``[U, content_dim]``. None for frozen two-stage features: the bank then holds them, of any width, and a
+            linear layer that is trained maps a target's to its content embedding.
+        num_items: ``n`` of the catalogue.
+        content_dim: width of the content embedding.
+        bank_dim: width of the bank; ``content_dim`` unless ``fusion`` is None.
+        num_heads: of the attention over the history.
+        rank: of the LoRA adapters on its projections; 0 trains the projections themselves.
+        id_dim: ``V``, the width of the ranker's item embedding, for the contrast; None for no contrast.
+        contrast_weight: lambda.
+        contrast_gradient: ``"both"``, or the side that the contrast trains: ``"content"`` or ``"id"``.
+
+    Source: EM3 (arXiv 2404.06078).
+    """
+
+    def __init__(self, ranker: nn.Module, fusion: nn.Module | None, *, num_items: int, content_dim: int,
+                 bank_dim: int | None = None, num_heads: int = 4, rank: int = 8, id_dim: int | None = None,
+                 contrast_weight: float = 0.1, contrast_gradient: str = "both") -> None:  # fmt: skip
+        super().__init__()
+        if contrast_gradient not in GRADIENTS:
+            raise ValueError(f"contrast_gradient: was {contrast_gradient!r}, must be one of {', '.join(GRADIENTS)}")
+        if fusion is not None and bank_dim not in (None, content_dim):
+            raise ValueError(f"bank_dim: was {bank_dim}, must be {content_dim} like content_dim unless fusion is None")
+        bank_dim = bank_dim or content_dim
+        self.ranker: Any = ranker  # Any: of a module's own methods the type checker knows nothing
+        self.fusion = fusion
+        self.adapt = nn.Linear(bank_dim, content_dim) if fusion is None else None
+        self.norm = nn.LayerNorm(content_dim)
+        self.interest = LoRATargetAttention(bank_dim, content_dim, num_heads=num_heads, rank=rank)
+        if bank_dim == content_dim:
+            self._start_as_similarity()
+        self.norm_interest = nn.LayerNorm(content_dim)
+        self.contrast = self.to_id = None
+        if id_dim is not None:
+            self.contrast = ContentIDContrastiveLoss()
+            self.to_id = nn.Linear(content_dim, id_dim)
+        self.contrast_weight, self.contrast_gradient = contrast_weight, contrast_gradient
+        self.bank: Tensor
+        self.register_buffer("bank", torch.zeros(num_items, bank_dim))
+
+    @staticmethod
+    def extra_dim(content_dim: int) -> int:
+        """Width of the dense features that a ranker inside EM3 is given."""
+        return 6 * content_dim + 1
+
+    def _start_as_similarity(self) -> None:
+        """The attention starts as content similarity, reading content as it is; LoRA adapts it from there."""
+        with torch.no_grad():
+            for weight in (self.interest.w_q, self.interest.w_k, self.interest.w_v, self.interest.w_o):
+                nn.init.eye_(weight)
+
+    def content(self, streams: Any) -> Tensor:
+        """Tokens of ``U`` items -> their content embeddings ``[U, content_dim]``."""
+        if self.fusion is None:
+            raise ValueError("streams: were given to a model of frozen features (fusion=None), whose bank is filled as it is")
+        return self.norm(self.fusion(streams))
+
+    def forward(self, batch: Batch, streams: Any = None) -> tuple[Tensor, Tensor]:
+        """Logits ``[B]`` and the content embeddings of ``batch.distinct`` ``[U, content_dim]``.
+
+        ``streams`` are the tokens of ``batch.distinct``; without them the targets' content is read from the bank.
+        """
+        content = self._from_bank(batch.distinct) if streams is None else self.content(streams)
+        target = content.index_select(0, batch.inverse)  # [B, C]
+        return self.ranker(batch, self.compare(target, batch.history)), content
+
+    def compare(self, target: Tensor, history: Jagged) -> Tensor:
+        """Targets' content ``c [B, C]`` and their users' histories -> dense features ``[B, extra_dim(C)]``.
+
+        They are ``[c, r, c * r, |c - r|, m, c * m, log n]`` with ``r`` normalised in the first two places, and ``n`` the
+        events of the history. On MovieTweetings (ID dropout 1, 2 epochs, valid) the last four took the AUC from 0.666
+        to 0.700: a network does not find out by itself that two embeddings are close. Without a history ``r`` and ``m``
+        are zero.
+        """
+        ids, offsets = history.values(), history.offsets()
+        length = offsets.diff()[:, None]  # [B, 1]
+        read = self.interest(target, history, self.bank)
+        interest = self.norm_interest(read) * (length > 0)  # nor is the bias of the norm an interest
+        mean = sum_by_owner(self.bank.index_select(0, ids), owners(offsets, len(ids)), len(target)) / length.clamp(min=1)
+        if self.adapt is not None:
+            mean = self.adapt(mean) * (length > 0)
+        count = length.clamp(min=1).to(target.dtype).log()
+        return torch.cat([target, interest, target * interest, (target - read).abs(), mean, target * mean, count], 1)
+
+    def _from_bank(self, rows: Tensor) -> Tensor:
+        row = self.bank.index_select(0, rows)
+        return row if self.adapt is None else self.norm(self.adapt(row))
+
+    def losses(self, batch: Batch, streams: Any = None) -> Losses:
+        """The losses of a training step; ``streams`` as in ``forward``."""
+        logits, content = self(batch, streams)
+        ranking = F.binary_cross_entropy_with_logits(logits, batch.label)
+        if self.contrast is None:
+            return Losses(ranking, ranking, ranking.new_zeros(()), content)
+        contrast = self.contrast_of(batch, content)
+        return Losses(ranking + self.contrast_weight * contrast, ranking, contrast, content)
+
+    def contrast_of(self, batch: Batch, content: Tensor) -> Tensor:
+        """The content-ID contrast over ``batch.distinct``, whose content is ``content [U, content_dim]``."""
+        if self.contrast is None or self.to_id is None:
+            raise ValueError("id_dim: was None, must be the width of the item embedding for a model with a contrast")
+        # Each distinct item once, so that no item is its own negative; unseen ones have no ID embedding to align with.
+        item_id = batch.distinct_id()
+        seen = torch.nonzero(item_id)[:, 0]
+        ours, theirs = content.index_select(0, seen), self.ranker.item_embedding(item_id.index_select(0, seen))
+        if self.contrast_gradient == "content":
+            theirs = theirs.detach()
+        elif self.contrast_gradient == "id":
+            ours = ours.detach()
+        loss: Tensor = self.contrast(self.to_id(ours), theirs)
+        return loss
+
+    @torch.no_grad()
+    def write_back(self, batch: Batch, content: Tensor) -> None:
+        """Put the content of ``batch.distinct`` into the bank: after ``backward``, which still reads the old rows."""
+        self.bank.index_copy_(0, batch.distinct, content.detach().to(self.bank.dtype))
+
+    @torch.no_grad()
+    def refresh(self, read: Callable[[Tensor], Any], rows: Tensor | None = None, chunk: int = 1024) -> None:
+        """Recompute the bank, or these rows of it, from the items' tokens; nothing is trained, dropout is off.
+
+        Args:
+            read: item numbers ``[U]`` int64 -> the streams of their tokens, as :meth:`TokenStore.read`.
+            rows: catalogue numbers, all by default.
+            chunk: items at a time.
+        """
+        was = self.training
+        self.eval()
+        rows = torch.arange(len(self.bank)) if rows is None else rows
+        for part in rows.split(chunk):
+            self.bank.index_copy_(0, part.to(self.bank.device), self.content(read(part)).to(self.bank.dtype))
+        self.train(was)

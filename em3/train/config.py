@@ -1,0 +1,175 @@
+"""The configuration of a run: typed, from YAML and `key=value` words, with the nearest right name in every complaint."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+ARMS = ("id_only", "two_stage", "em3", "em3_mean_tokens", "em3_no_lora", "em3_no_contrast")
+# Words that a key may be set to; every other value is checked by its type alone.
+CHOICES = {
+    "arms": ARMS,
+    "model.ranker": ("din", "dcnv2"),
+    "model.contrast_gradient": ("both", "content", "id"),
+    "encoder.train": ("frozen", "lora", "last_n"),
+}
+
+
+class ConfigError(ValueError):
+    """A key or value that is not right; the message names it and the nearest right one."""
+
+
+@dataclass
+class EncoderConfig:
+    """What turns pictures and words into tokens."""
+
+    image: str = "small"  # small: trained on the catalogue itself by image-text contrast; none; else a transformers model
+    text: str = "small"
+    train: str = "frozen"  # frozen | lora | last_n: how far the ranking loss reaches into them
+    last_n: int = 1  # layers trained under last_n
+    rank: int = 8  # of LoRA
+    width: int = 128  # C of the small encoders' tokens
+    height: int = 96  # picture size in pixels for the small encoder
+    width_pixels: int = 64
+    epochs: int = 12  # of the contrast between pictures and words
+    seed: int = 0
+
+
+@dataclass
+class ModelConfig:
+    """The ranker and what em3 puts around it."""
+
+    ranker: str = "din"  # din | dcnv2
+    id_dim: int = 32  # V
+    id_dropout: float = 0.0  # of the ID-only ranker; see content_id_dropout
+    content_id_dropout: float = 0.5  # share of IDs taken for unseen in training, where there is content to fall back on
+    hidden: list[int] = field(default_factory=lambda: [128, 64])
+    dropout: float = 0.2
+    content_dim: int = 64
+    num_queries: int = 4  # Q
+    dim: int = 64  # D of the Fusion-Q-Former
+    num_layers: int = 1
+    num_heads: int = 4  # H, of the Fusion-Q-Former and of the attention over the history
+    rank: int = 8  # R of the LoRA over the history
+    contrast_weight: float = 0.1  # lambda
+    contrast_gradient: str = "both"  # both | content | id
+
+
+@dataclass
+class TrainConfig:
+    """The optimisation."""
+
+    epochs: int = 4
+    batch_size: int = 2048
+    lr: float = 2e-3
+    warmup_steps: int = 50
+    weight_decay: float = 1e-6
+    id_lr_factor: float = 1.0  # of the ID tables' learning rate
+    write_back: bool = True  # a step's content goes into the bank
+    refresh_every: int = 100  # steps between full refreshes of the bank
+    checkpoint_every: int = 200  # steps
+    log_every: int = 20  # steps
+
+
+@dataclass
+class Config:
+    """One run: arms and seeds on one catalogue."""
+
+    data: str = "???"  # folder of the catalogue
+    posters: str | None = None  # folder of pictures, for MovieLens
+    history_length: int = 100
+    tokens: str | None = None  # a token store to use; made in the run folder by default
+    arms: list[str] = field(default_factory=lambda: ["id_only", "two_stage", "em3"])
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def load(files: Sequence[str | os.PathLike[str]] = (), words: Sequence[str] = ()) -> Config:
+    """Defaults, then the YAML files in order, then words such as ``model.ranker=dcnv2``; later ones win.
+
+    Raises:
+        ConfigError: an unknown key, a value of the wrong type or out of range, a missing ``data``, unreadable YAML.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    merged = OmegaConf.structured(Config)
+    sources = [(str(path), lambda path=path: OmegaConf.load(path)) for path in files]
+    sources += [(word, lambda word=word: _from_word(word)) for word in words]
+    for name, read in sources:
+        try:
+            given = read()
+            _known(OmegaConf.to_container(given), Config, "", name)
+            merged = OmegaConf.merge(merged, given)
+        except (OmegaConfBaseException, YAMLError) as error:
+            raise ConfigError(f"{name}: {str(error).splitlines()[0]}") from None
+    if OmegaConf.is_missing(merged, "data"):
+        raise ConfigError("data: was not given, must be the folder of a catalogue (--data FOLDER)")
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, Config)
+    _check(config)
+    return config
+
+
+def _from_word(word: str) -> Any:
+    from omegaconf import OmegaConf
+
+    if "=" not in word:
+        raise ConfigError(f"{word}: must be key=value, as in model.ranker=dcnv2")
+    return OmegaConf.from_dotlist([word])
+
+
+def _known(given: Any, kind: Any, prefix: str, source: str) -> None:
+    """Every key of ``given`` is one of ``kind``'s."""
+    if not isinstance(given, dict):
+        raise ConfigError(f"{source}: {prefix or 'the file'} was {type(given).__name__}, must be keys and values")
+    kinds = {f.name: f for f in dataclasses.fields(kind)}
+    for key, value in given.items():
+        if key not in kinds:
+            everything = _keys(Config, "")
+            near = difflib.get_close_matches(f"{prefix}{key}", everything, 1, 0.5)
+            near = near or [name for name in everything if name.rsplit(".", 1)[-1] == key]
+            hint = f"; did you mean {near[0]!r}?" if near else f" (the keys are {', '.join(kinds)})"
+            raise ConfigError(f"{source}: no key {prefix}{key!s}{hint}")
+        inner: Any = kinds[key].default_factory
+        if dataclasses.is_dataclass(inner):
+            _known(value, inner, f"{prefix}{key}.", source)
+
+
+def _keys(kind: Any, prefix: str) -> list[str]:
+    names = []
+    for f in dataclasses.fields(kind):
+        inner: Any = f.default_factory
+        names += _keys(inner, f"{prefix}{f.name}.") if dataclasses.is_dataclass(inner) else [f"{prefix}{f.name}"]
+    return names
+
+
+def _check(config: Config) -> None:
+    for key, allowed in CHOICES.items():
+        value: Any = functools.reduce(getattr, key.split("."), config)
+        for word in value if isinstance(value, list) else [value]:
+            if word not in allowed:
+                near = difflib.get_close_matches(word, allowed, 1, 0.4)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ConfigError(f"{key}: was {word!r}, must be one of {', '.join(allowed)}{hint}")
+    for key, least in {"history_length": 1, "train.epochs": 1, "train.batch_size": 1, "train.refresh_every": 1,
+                       "train.checkpoint_every": 1, "train.log_every": 1, "model.rank": 0}.items():  # fmt: skip
+        section, _, name = key.rpartition(".")
+        value = getattr(getattr(config, section) if section else config, name)
+        if value < least:
+            raise ConfigError(f"{key}: was {value}, must be at least {least}")
+    for key in ("arms", "seeds"):
+        value = getattr(config, key)
+        if not value or len(set(value)) < len(value):
+            raise ConfigError(f"{key}: was {value}, must hold at least one entry, each once")

@@ -1,0 +1,120 @@
+"""What a training step costs: the arms in turns in one process for time, each in a process of its own for memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from .loop import Training
+    from .run import Run
+
+ROUNDS, WARM, MEMORY_STEPS = 15, 3, 8
+
+
+def measure_costs(run: Run, progress: Callable[[int, int], None]) -> dict[str, dict[str, Any]]:
+    """For each arm of the run the fields of :class:`em3.train.report.summary.Cost`."""
+    trainings = {arm: run.training(arm, run.config.seeds[0]) for arm in run.config.arms}
+    times: dict[str, list[float]] = {arm: [] for arm in trainings}
+    for turn in range(WARM + ROUNDS):
+        for arm, training in trainings.items():
+            batch = next(training.batches.epoch(training.rows["train"], run.config.train.batch_size, turn, 0))
+            if turn == 0 and training.read is not None:
+                training.model.refresh(training.read)  # type: ignore[operator]
+            training.state.step = 1  # a step that refreshes the whole bank is not the usual one
+            start = time.perf_counter()
+            training.step(batch)
+            if turn >= WARM:
+                times[arm].append(time.perf_counter() - start)
+        progress(turn + 1, WARM + ROUNDS)
+    costs: dict[str, dict[str, Any]] = {}
+    for arm, training in trainings.items():
+        p20, p50, p80 = np.percentile(times[arm], [20, 50, 80])
+        costs[arm] = {
+            "step_ms_p20": p20 * 1e3, "step_ms": p50 * 1e3, "step_ms_p80": p80 * 1e3,
+            "samples_per_s": run.config.train.batch_size / p50,
+            "peak_memory_mib": peak_memory(run.folder, arm),
+            "parts_ms": parts(training, run) if training.read is not None else {},
+        }  # fmt: skip
+    return costs
+
+
+def parts(training: Training, run: Run) -> dict[str, float]:
+    """Median milliseconds, forward and backward, of what an EM3 step is made of, each alone on one batch."""
+    model: Any = getattr(training.model, "model", training.model)
+    read: Any = training.read
+    batch = next(training.batches.epoch(training.rows["train"], run.config.train.batch_size, 0, 0))
+    streams = read(batch.distinct)
+    content = model.content(streams).detach().requires_grad_()
+    target = content.detach().index_select(0, batch.inverse).requires_grad_()
+    extra = model.compare(target, batch.history).detach().requires_grad_()
+
+    def ranker() -> None:
+        F.binary_cross_entropy_with_logits(model.ranker(batch, extra), batch.label).backward()
+
+    def contrast() -> None:
+        model.contrast_of(batch, content).backward()
+
+    calls: dict[str, Callable[[], Any]] = {
+        "tokens": lambda: read(batch.distinct),
+        "Fusion-Q-Former": lambda: model.content(streams).sum().backward(),
+        "history": lambda: model.compare(target, batch.history).sum().backward(),
+        "ranker": ranker,
+        **({"contrast": contrast} if model.contrast is not None else {}),
+        "optimizer": training.optimizer.step,
+        "bank": lambda: model.write_back(batch, content),
+    }
+    return {name: _median_ms(call) for name, call in calls.items()}
+
+
+def _median_ms(call: Callable[[], Any]) -> float:
+    times = []
+    for _ in range(WARM + ROUNDS):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times[WARM:]) * 1e3)
+
+
+def peak_memory(folder: Path, arm: str) -> float | None:
+    """MiB by which a few steps of the arm raise the high-water mark of a fresh process; None where /proc is missing."""
+    if not Path("/proc/self/status").exists():
+        return None
+    words = [sys.executable, "-m", "em3.train.cost", str(folder.resolve()), arm, str(torch.get_num_threads())]
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the process that measures the memory of {arm} failed:\n{done.stderr[-2000:]}")
+    return float(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _mark(name: str) -> float:
+    """VmRSS or VmHWM of this process in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
+
+
+def _memory_of(folder: str, arm: str, threads: str) -> None:
+    from . import config
+    from .run import CONFIG, Run
+
+    torch.set_num_threads(int(threads))
+    run = Run(config.load([Path(folder) / CONFIG]), Path(folder), lambda *at: None)
+    training = run.training(arm, run.config.seeds[0])
+    before = _mark("VmRSS")
+    training.state.step = 1
+    for turn in range(MEMORY_STEPS):
+        training.step(next(training.batches.epoch(training.rows["train"], run.config.train.batch_size, turn, 0)))
+    print(json.dumps(_mark("VmHWM") - before))
+
+
+if __name__ == "__main__":
+    _memory_of(*sys.argv[1:])

@@ -1,0 +1,207 @@
+"""One training: a model, a seed, a folder. Killed at any point, it goes on from its last checkpoint to the same numbers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..data.batches import Batch, Batches
+from ..files import atomic
+from . import checkpoint
+from .config import TrainConfig
+from .metrics import evaluate
+
+log = logging.getLogger("em3.train")
+LAST, BEST, RESULT, METRICS = "last.safetensors", "best.safetensors", "result.json", "metrics.jsonl"
+Read = Callable[[Tensor], Sequence[Any]]
+
+
+class TrainingError(RuntimeError):
+    """A training that must not go on; the message says where it was and what is safe."""
+
+
+@dataclass
+class State:
+    """Where a training is, apart from tensors; travels in its checkpoint."""
+
+    step: int = 0
+    best_step: int = -1
+    best_auc: float = -1.0
+    sums: list[float] = field(default_factory=lambda: [0.0, 0.0])  # ranking and contrast loss since the last log line
+
+
+class Training:
+    """Trains ``model`` and keeps the state of its best epoch by AUC on the validation rows.
+
+    Args:
+        model: an :class:`em3.EM3` or anything with its ``losses``, ``forward`` and, if it reads tokens, ``refresh`` and
+            ``write_back``.
+        read: item numbers -> streams of their tokens; None for a model that reads none.
+        folder: of this training: checkpoints, metrics.jsonl, result.json.
+        about: what must agree for a checkpoint to be gone on with (the configuration).
+        progress: called with the step, the number of steps and a few numbers to show.
+    """
+
+    def __init__(self, model: nn.Module, batches: Batches, read: Read | None, config: TrainConfig, seed: int, folder: Path,
+                 about: dict[str, Any], progress: Callable[[int, int, dict[str, float]], None] | None = None) -> None:  # fmt: skip
+        self.model, self.batches, self.read, self.config, self.seed = model, batches, read, config, seed
+        self.folder, self.about, self.progress = folder, about, progress
+        self.rows = {split: batches.data.of_split(split) for split in ("train", "valid", "test")}
+        self.per_epoch = max(1, len(self.rows["train"]) // config.batch_size)
+        self.steps = config.epochs * self.per_epoch
+        self.optimizer = torch.optim.Adam(parameter_groups(model, config), fused=True)
+        self.state = State()
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end, test the best epoch, write result.json; a training that has one is not repeated."""
+        done = self.folder / RESULT
+        if done.exists():
+            result: dict[str, Any] = json.loads(done.read_text())
+            return result
+        self._resume()
+        while self.state.step < self.steps:
+            self._epoch(*divmod(self.state.step, self.per_epoch))
+        checkpoint.load(self.folder / BEST, self.model)
+        result = {
+            "best_step": self.state.best_step,
+            "valid": self.evaluate("valid"),
+            "test": self.evaluate("test"),
+            "parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+        }
+        with atomic(done) as file:
+            file.write(json.dumps(result, indent=1).encode())
+        return result
+
+    def evaluate(self, split: str) -> dict[str, float | None]:
+        rows, table = self.rows[split], self.batches.data.rows
+        return evaluate(table.label[rows], self.predict(rows), table.request[rows], table.cold[rows])
+
+    @torch.no_grad()
+    def predict(self, rows: np.ndarray, chunk: int = 8192) -> np.ndarray:
+        """Click probabilities of the rows, float64; the bank is taken as it is."""
+        self.model.eval()
+        parts = [self.model(self.batches.of(rows[i : i + chunk]))[0] for i in range(0, len(rows), chunk)]
+        self.model.train()
+        return torch.cat([torch.empty(0), *parts]).double().sigmoid().numpy()
+
+    def _epoch(self, epoch: int, skip: int) -> None:
+        for batch in self.batches.epoch(self.rows["train"], self.config.batch_size, self.seed, epoch, skip):
+            self.step(batch)
+            if self.state.step % self.config.log_every == 0:
+                self._log()
+            if self.state.step % self.per_epoch == 0:
+                self._validate()
+            if self.state.step % self.config.checkpoint_every == 0 or self.state.step % self.per_epoch == 0:
+                self._checkpoint(LAST)
+
+    def step(self, batch: Batch) -> None:
+        """One training step."""
+        model, step = self.model, self.state.step
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["factor"] * learning_rate(step, self.steps, self.config)
+        streams = None
+        if self.read is not None:
+            if step % self.config.refresh_every == 0:
+                model.refresh(self.read)  # type: ignore[operator]
+            streams = self.read(batch.distinct)
+        losses = model.losses(batch, streams)  # type: ignore[operator]
+        ranking, contrast = losses.ranking.item(), losses.contrast.item()
+        if not math.isfinite(ranking + contrast):
+            raise TrainingError(
+                f"{self.folder}: the loss was not finite at step {step} (ranking {ranking}, contrast {contrast}); "
+                f"lower train.lr or look at the data. What was written before is whole; {LAST} is from an earlier step"
+            )
+        self.optimizer.zero_grad()
+        losses.total.backward()
+        self.optimizer.step()
+        if streams is not None and self.config.write_back:
+            model.write_back(batch, losses.content)  # type: ignore[operator]
+        self.state.step += 1
+        self.state.sums[0] += ranking
+        self.state.sums[1] += contrast
+
+    def _validate(self) -> None:
+        if self.read is not None:
+            self.model.refresh(self.read)  # type: ignore[operator]
+        scores = self.evaluate("valid")
+        self._write({"step": self.state.step, "valid": scores})
+        found = scores["auc"]
+        if found is None:
+            raise TrainingError(f"{self.folder}: the validation rows hold one class only, no epoch can be chosen by them")
+        if found > self.state.best_auc:
+            self.state.best_auc, self.state.best_step = found, self.state.step
+            self._checkpoint(BEST)
+
+    def _log(self) -> None:
+        ranking, contrast = (total / self.config.log_every for total in self.state.sums)
+        self.state.sums = [0.0, 0.0]
+        self._write({"step": self.state.step, "loss": ranking, "contrast": contrast})
+        if self.progress is not None:
+            self.progress(self.state.step, self.steps, {"loss": ranking, "valid_auc": max(self.state.best_auc, 0.0)})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        with open(self.folder / METRICS, "a") as file:
+            file.write(json.dumps(line | {"time": round(time.time(), 3)}) + "\n")
+
+    def _checkpoint(self, name: str) -> None:
+        state = vars(self.state) | {"about": self.about, "seed": self.seed}
+        checkpoint.save(self.folder / name, self.model, self.optimizer if name == LAST else None, state)
+
+    def _resume(self) -> None:
+        """Start, or go on from the last checkpoint: lines of metrics that are newer than it will be written again."""
+        torch.manual_seed(self.seed)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / LAST
+        if path.exists():
+            state = checkpoint.load(path, self.model, self.optimizer)
+            if state.pop("about") != self.about or state.pop("seed") != self.seed:
+                raise checkpoint.CheckpointError(
+                    f"{path}: is of another configuration; go on with the one in the run folder's config.yaml, or "
+                    "choose another folder with --out"
+                )
+            self.state = State(**state)
+            log.info("%s: goes on at step %d of %d", self.folder, self.state.step, self.steps)
+        lines = (self.folder / METRICS).read_text().splitlines() if (self.folder / METRICS).exists() else []
+        with atomic(self.folder / METRICS) as file:
+            for line in lines:
+                if _step_of(line) <= self.state.step:
+                    file.write(line.encode() + b"\n")
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics; infinite for the half line that a killed process may leave."""
+    try:
+        return float(json.loads(line)["step"])
+    except ValueError:
+        return math.inf
+
+
+def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The lines of a training's metrics.jsonl."""
+    return [json.loads(line) for line in (Path(folder) / METRICS).read_text().splitlines()]
+
+
+def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
+    """Linear warm-up, then linear down to a fiftieth."""
+    return config.lr * min((step + 1) / max(config.warmup_steps, 1), max(1 - step / steps, 0.02))
+
+
+def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    """ID tables (no weight decay, their own learning rate) and everything else that is trained."""
+    tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        dict(params=[p for p in trained if id(p) in tables], factor=config.id_lr_factor, weight_decay=0.0),
+        dict(params=[p for p in trained if id(p) not in tables], factor=1.0, weight_decay=config.weight_decay),
+    ]
