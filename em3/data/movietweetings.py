@@ -54,7 +54,7 @@ def _items(folder: Path) -> Items:
     ids = unique_items(movies, "item")
     words = (movies.strings(name, empty=True).to_pylist() for name in ("title", "year", "genres"))
     texts = [
-        " ".join(word for word in (title, f"({year})" if year else "", *genres.split("|")) if word)
+        " ".join(word for word in (title, f"({year}) {year[:3]}0s" if year else "", *genres.split("|")) if word)
         for title, year, genres in zip(*words, strict=True)
     ]
     posters = folder / "posters"

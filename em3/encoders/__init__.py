@@ -5,7 +5,7 @@ from .contrast import ContrastResult, train_by_contrast
 from .load import load_encoder
 from .pretrained import pretrained_encoder
 from .small import PatchEncoder, WordEncoder
-from .tokens import encode_catalogue, load_pictures
+from .tokens import encode_catalogue, fit_whitening, load_pictures
 from .trainable import set_trainable
 from .vocabulary import Vocabulary
 
@@ -17,6 +17,7 @@ __all__ = [
     "Vocabulary",
     "WordEncoder",
     "encode_catalogue",
+    "fit_whitening",
     "load_encoder",
     "load_pictures",
     "pretrained_encoder",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files import atomic
+from .whitening import Whitening
 
 FORMAT = 1
 ABOUT, WEIGHTS = "encoder.json", "weights.safetensors"
@@ -31,6 +32,7 @@ class Encoder(nn.Module):
         kind: ``"image"`` or ``"text"``, what it reads.
         width: ``C``.
         picture_size: ``(h, w)``; of image encoders only.
+        whitening: applied by :meth:`tokens`, None = not fitted.
         trained: what :func:`em3.encoders.set_trainable` was asked for, None = every parameter as it was made.
     """
 
@@ -38,6 +40,10 @@ class Encoder(nn.Module):
     width: int
     picture_size: tuple[int, int]
     trained: dict[str, Any] | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.whitening: Whitening | None = None
 
     def prepare(self, source: Any) -> Tensor:
         """One PIL image -> uint8 ``[3, h, w]``, of equal size for all pictures; one str -> int64 ``[L]``, ``L >= 0``."""
@@ -50,6 +56,11 @@ class Encoder(nn.Module):
         Texts: int64 ``[B, L]`` and bool ``[B, L]``, ``L >= 1``, True = a real word piece.
         """
         raise NotImplementedError
+
+    def tokens(self, batch: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """What the Fusion-Q-Former reads: the encoder's output, whitened where :attr:`whitening` is fitted."""
+        hidden, real = self(batch, mask)
+        return hidden if self.whitening is None else self.whitening(hidden), real
 
     def settings(self) -> dict[str, Any]:
         """What the class needs to be made again, ready for JSON."""
@@ -77,7 +88,7 @@ class Encoder(nn.Module):
         weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.state_dict().items()}
         about = {
             "format": FORMAT, "class": type(self).__name__, "kind": self.kind, "width": self.width,
-            "trained": self.trained, "settings": self.settings(),
+            "whitened": self.whitening is not None, "trained": self.trained, "settings": self.settings(),
         }  # fmt: skip
         with atomic(Path(folder) / WEIGHTS) as file:
             file.write(save(weights))

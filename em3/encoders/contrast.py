@@ -60,7 +60,7 @@ def train_by_contrast(image_encoder: PatchEncoder, text_encoder: WordEncoder, pi
         epochs: how often each pair is seen.
         batch_size: pairs in a batch.
         lr: the largest learning rate of AdamW; it warms up for 5% of the steps and falls to 0 along a cosine.
-        held_out: the share of the pairs that is not trained on but measured.
+        held_out: the share of the pairs, at most a half, that is not trained on but measured.
         seed: of everything random.
         progress: called with the steps done and their number after each.
 
@@ -100,9 +100,9 @@ def _check(image_encoder: PatchEncoder, text_encoder: WordEncoder, pictures: Ten
         raise ValueError(
             f"pictures, present, texts: had {len(pictures)}, {len(present)}, {len(texts)} items, must be equally many"
         )
-    if min(epochs, batch_size) < 1 or not 0 < held_out < 1:
+    if min(epochs, batch_size) < 1 or not 0 < held_out <= 0.5:
         raise ValueError(
-            f"epochs, batch_size, held_out: were {epochs}, {batch_size}, {held_out}, must be >= 1, >= 1, within 0 to 1"
+            f"epochs, batch_size, held_out: were {epochs}, {batch_size}, {held_out}, must be >= 1, >= 1, within 0 to 0.5"
         )
     for encoder in (image_encoder, text_encoder):
         if encoder.trained is not None:

@@ -11,6 +11,7 @@ from . import pretrained
 from .base import ABOUT, FORMAT, WEIGHTS, Encoder, EncoderError
 from .small import PatchEncoder, WordEncoder
 from .trainable import set_trainable
+from .whitening import Whitening
 
 CLASSES: dict[str, type[Encoder]] = {
     c.__name__: c
@@ -33,6 +34,8 @@ def load_encoder(folder: str | os.PathLike[str]) -> Encoder:
         encoder = CLASSES[about["class"]].restore(about["settings"], Path(folder))
         if about["trained"] is not None:
             set_trainable(encoder, **about["trained"])
+        if about["whitened"]:
+            encoder.whitening = Whitening(encoder.width)
         encoder.load_state_dict(load_file(weights))
     except EncoderError:
         raise

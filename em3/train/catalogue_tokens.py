@@ -18,6 +18,7 @@ from ..encoders import (
     Vocabulary,
     WordEncoder,
     encode_catalogue,
+    fit_whitening,
     load_encoder,
     load_pictures,
     pretrained_encoder,
@@ -70,6 +71,7 @@ def make_encoders(items: Items, config: EncoderConfig, folder: Path, progress: P
         )  # fmt: skip
         log.info("encoders: %s", result)
     for kind, encoder in encoders.items():
+        fit_whitening(items, encoder)
         encoder.save(folder / kind)
     return encoders
 
@@ -117,7 +119,7 @@ class LiveTokens(nn.Module):
         lengths = torch.zeros(len(rows), dtype=torch.long)
         values = torch.empty(0, encoder.width)
         if batch is not None:
-            tokens, real = encoder(batch, mask)
+            tokens, real = encoder.tokens(batch, mask)
             values = tokens[real]
             lengths[torch.isin(rows, chosen)] = real.sum(1)
         return Jagged(values, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]))

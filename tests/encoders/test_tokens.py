@@ -10,7 +10,15 @@ import torch
 from PIL import Image
 
 from em3.data.table import Items
-from em3.encoders import PatchEncoder, Vocabulary, WordEncoder, encode_catalogue, load_pictures
+from em3.encoders import (
+    PatchEncoder,
+    Vocabulary,
+    WordEncoder,
+    encode_catalogue,
+    fit_whitening,
+    load_encoder,
+    load_pictures,
+)
 
 from .toy import pictures_and_texts, written
 
@@ -120,3 +128,28 @@ def test_encoders_of_the_other_kind(catalogue, image, text):
         encode_catalogue(catalogue, None, image)
     with pytest.raises(ValueError, match=re.escape("image_encoder: was an encoder of kind 'text', must be of kind")):
         load_pictures(catalogue, text)
+
+
+def test_whitened_tokens(catalogue, image, text, tmp_path):
+    for encoder in (image, text):
+        alone = {"image_encoder": None, "text_encoder": None} | {f"{encoder.kind}_encoder": encoder}
+        plain, offsets = encode_catalogue(catalogue, **alone)[encoder.kind]
+        fit_whitening(catalogue, encoder)
+        white, again = encode_catalogue(catalogue, **alone)[encoder.kind]
+        assert torch.equal(offsets, again)
+        assert plain.mean(0).abs().max() > 0.1
+        assert white.mean(0).abs().max() < 1e-3
+        # No direction is larger than 1; only those that carry next to nothing are smaller.
+        variance = torch.linalg.eigvalsh(torch.cov(white.T, correction=0))
+        assert variance.max() < 1.01
+        assert variance.median() > 0.8
+        encoder.save(tmp_path / encoder.kind)
+        loaded = load_encoder(tmp_path / encoder.kind)
+        kept, _ = encode_catalogue(catalogue, **(alone | {f"{encoder.kind}_encoder": loaded}))[encoder.kind]
+        assert torch.equal(kept, white)
+
+
+def test_whitening_of_nothing(text):
+    fit_whitening(Items(["a"], [""], [None]), text)
+    tokens = torch.randn(3, 8)
+    assert torch.equal(text.whitening(tokens), tokens)

@@ -1,0 +1,54 @@
+"""``MeanTokens``: the mean token of each stream, projected to one content embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..jagged import parse_stream
+
+
+class MeanTokens(nn.Module):
+    """``sum over streams m of W_m LayerNorm_m(mean of the tokens of stream m)``; a stream without tokens adds nothing.
+
+    Args:
+        token_dims: ``C_m`` of each stream.
+        out_dim: width of the embedding.
+    """
+
+    def __init__(self, token_dims: Sequence[int], out_dim: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(c) for c in token_dims)
+        self.outs = nn.ModuleList(nn.Linear(c, out_dim, bias=False) for c in token_dims)
+
+    def forward(self, streams: Any, masks: Sequence[Tensor | None] | None = None) -> Tensor:
+        """``streams`` and ``masks`` as in :func:`em3.ops.qformer_attention` -> ``[B, out_dim]``."""
+        means = mean_tokens(streams, masks)
+        parts = [
+            out(norm(mean)) * present
+            for (mean, present), norm, out in zip(means, self.norms, self.outs, strict=True)
+        ]  # fmt: skip
+        return sum(parts[1:], parts[0])
+
+
+def mean_tokens(streams: Any, masks: Sequence[Tensor | None] | None = None) -> list[tuple[Tensor, Tensor]]:
+    """The mean token ``[B, C_m]`` of each stream, zeros where an item has none, and whether it has any, ``[B, 1]``."""
+    sources = list(streams) if isinstance(streams, (list, tuple)) else [streams]
+    given = list(masks) if masks is not None else [None] * len(sources)
+    found = []
+    for i, (source, mask) in enumerate(zip(sources, given, strict=True)):
+        values, offsets, mask = parse_stream(source, mask, f"streams[{i}]", f"masks[{i}]")
+        if offsets is not None:
+            length = offsets.diff()[:, None]  # [B, 1]
+            owner = torch.repeat_interleave(length[:, 0], output_size=values.shape[0])
+            total = values.new_zeros(length.shape[0], values.shape[1]).index_add(0, owner, values)
+        else:
+            real = values if mask is None else values.masked_fill(~mask[..., None], 0)
+            length = values.new_full((len(values), 1), values.shape[1]) if mask is None else mask.sum(1, keepdim=True)
+            total = real.sum(1)
+        found.append((total / length.clamp(min=1), length > 0))
+    return found
+
