@@ -264,6 +264,8 @@ def _cpu_lines(features: dict[str, Any] | None) -> list[str]:
     sets = [f"{name} ({reason or 'usable'})" for name, reason in features["isa"].items()]
     forced = os.environ.get("EM3_CPU_ISA")
     used = f"{forced}, forced by EM3_CPU_ISA" if forced else features["default"]
+    if forced and features["isa"].get(forced, "unknown") is not None:
+        used = f"nothing, for EM3_CPU_ISA={forced} cannot be used"
     return [f"uses {used}, of {', '.join(sets)}", f"threads: {features['threads']}"]
 
 

@@ -10,13 +10,19 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-settings.register_profile("em3", deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+# No database: an example kept from another run would come first, and move all that are drawn after it.
+settings.register_profile(
+    "em3", deadline=None, suppress_health_check=list(HealthCheck), print_blob=True, database=None
+)
 settings.load_profile("em3")
 
 
+@pytest.hookimpl(tryfirst=True)  # hypothesis reads its option in this hook
 def pytest_configure(config: pytest.Config) -> None:
     # Workers of pytest-xdist inherit the controller's seed through the environment.
     os.environ.setdefault("EM3_TEST_SEED", str(random.SystemRandom().randrange(2**31)))
+    if config.option.hypothesis_seed is None:
+        config.option.hypothesis_seed = os.environ["EM3_TEST_SEED"]
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -87,7 +87,8 @@ def check(fn: Callable[..., Tensor], reference: Callable[..., Tensor], args: dic
     """``fn`` in ``dtype`` against ``reference`` in float64 on the same (already rounded) inputs, values and gradients.
 
     float32 to 1e-5, float64 to 1e-11, the half types to twice the error that the reference itself makes in that type
-    (its error in this tensor, or its root mean square over all of them: in one small tensor it may be lucky).
+    (its error in this tensor, or its root mean square over all of them: in one small tensor it may be lucky). A draw
+    for which the reference is over half the limit in float32 too (a softmax of scores near 100) gets as much.
     A gradient that is zero by mathematics (a key bias under one softmax, the queries of an item with one token) has no
     norm to be measured by; so no gradient is asked to be better than the same share of a third of the largest one, and
     no output better than that of a tensor with elements of 0.1 (the tests' inputs are of size 1).
@@ -98,14 +99,14 @@ def check(fn: Callable[..., Tensor], reference: Callable[..., Tensor], args: dic
         got = run(fn, rounded, seed)
     scale = max((float(w.norm()) for w in want[1:]), default=0.0)
     floors = [0.1 * want[0].numel() ** 0.5] + [scale / 3] * (len(want) - 1)
-    if dtype in HALF:
+    errors = [relative_error(g, w, f) for g, w, f in zip(got, want, floors, strict=True)]
+    least = {torch.float64: 1e-11, torch.float32: 1e-5}.get(dtype, torch.finfo(dtype).eps)
+    limits = [least] * len(want)
+    if dtype in HALF or (dtype == torch.float32 and not max(errors) <= least):
         plain = run(reference, rounded, seed)
         own = torch.tensor([relative_error(p, w, f) for p, w, f in zip(plain, want, floors, strict=True)])
-        limits = (2 * own.maximum(own.square().mean().sqrt()).clamp(min=torch.finfo(dtype).eps / 2)).tolist()
-    else:
-        limits = [{torch.float64: 1e-11, torch.float32: 1e-5}[dtype]] * len(want)
-    for i, (g, w, floor, limit) in enumerate(zip(got, want, floors, limits, strict=True)):
-        error = relative_error(g, w, floor)
+        limits = (2 * own.maximum(own.square().mean().sqrt())).clamp(min=least).tolist()
+    for i, (g, w, error, limit) in enumerate(zip(got, want, errors, limits, strict=True)):
         what = "output" if i == 0 else f"gradient {i - 1}"
         assert error <= limit, f"{what} {list(w.shape)}: relative error {error:.2e} over {limit:.2e} in {dtype}"
         assert g.dtype == dtype, f"{what}: dtype {g.dtype}, expected {dtype}"

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+import em3
 from em3 import reference
 from em3.backends import cpp
+from em3.backends.cpp import qformer_attention as kernel
 from tests import oracle
 from tests.ops.test_qformer_attention import as_streams, make, op
 
@@ -42,13 +47,114 @@ def test_every_instruction_set(isa, per_item, monkeypatch):
     if reason is not None:
         pytest.skip(f"{isa}: {reason}")
     monkeypatch.setattr(cpp, "isa", isa)
-    oracle.check(op("absorb", "cpp"), plain, make(7, 5, 3, 7, [37, 16], LENGTHS, masked=True, per_item=per_item), torch.float32)
+    for heads, q in ((3, 5), (9, 8), (4, 75)):  # 15, 72 and 300 rows of scores: blocks of them hold 32 or 64
+        made = make(7, q, heads, 7, [37, 16], LENGTHS, masked=True, per_item=per_item)
+        oracle.check(op("absorb", "cpp"), plain, made, torch.float32)
 
 
-def test_an_instruction_set_that_is_not_there(monkeypatch):
-    monkeypatch.setattr(cpp, "isa", "avx10")
-    with pytest.raises(ValueError, match="avx10"):
-        oracle.run(op("absorb", "cpp"), oracle.convert(args(), torch.float32), 0)
+@pytest.mark.parametrize(("isa", "reason"), [
+    ("avx10", "EM3_CPU_ISA=avx10: must be one of baseline, avx2, avx512"),
+    ("avx512", "EM3_CPU_ISA=avx512: this processor or operating system lacks"),
+])  # fmt: skip
+def test_an_instruction_set_that_is_not_there(isa, reason, monkeypatch):
+    if cpp.compiled().cpu_features()["isa"].get(isa, "unknown") is None:
+        pytest.skip(f"this processor has {isa}")
+    monkeypatch.setattr(cpp, "isa", isa)
+    with pytest.raises(em3.BackendError, match=reason):
+        op("absorb", "cpp")(**oracle.convert(args(), torch.float32))
+    op("absorb", "auto")(**oracle.convert(args(), torch.float32))  # automatic choice serves it
+    rows = em3.env_report()["operations"]
+    assert next(r["reason"] for r in rows if r["backend"] == "cpp").startswith(reason)
+    monkeypatch.setenv("EM3_CPU_ISA", isa)
+    assert f"uses nothing, for EM3_CPU_ISA={isa} cannot be used" in str(em3.env_report())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_every_default_dtype_and_device(dtype):
+    """Memory is made in the kernel's dtype, not in torch's default one."""
+    inputs = oracle.convert(args(), torch.float32)
+    want = oracle.run(op("absorb", "cpp"), inputs, 0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            out = op("absorb", "cpp")(**inputs)
+            grads = torch.autograd.grad(out, oracle.leaves(inputs), torch.ones_like(out))
+        got = oracle.run(op("absorb", "cpp"), inputs, 0)
+    finally:
+        torch.set_default_dtype(before)
+    assert all(t.dtype == torch.float32 and t.device.type == "cpu" for t in (out, *grads))
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+def direct():
+    """Arguments of the compiled functions, by name."""
+    h, b, q, widths, t = 2, 3, 4, (8, 5), 10
+    f = lambda *shape: torch.randn(shape, dtype=torch.float32)  # noqa: E731
+    values = [f(t, widths[0]), f(b, 6, widths[1])]
+    return dict(
+        u=[f(h, 1, q, c) for c in widths], c=f(2, h, 1, q), values=values, offsets=[torch.tensor([0, 4, 4, 10]), None],
+        masks=[None, torch.rand(b, 6) > 0.5], y=[f(h, b, q, c) for c in widths], mass=f(2, h, b, q), lse=f(h, b, q), threads=1,
+    )  # fmt: skip
+
+
+def direct_backward():
+    like = direct()
+    return like | dict(
+        dy=[torch.randn_like(y) for y in like["y"]], dmass=torch.randn_like(like["mass"]), du=[torch.empty_like(u) for u in like["u"]],
+        dc=torch.empty_like(like["c"]), dx=[torch.empty_like(x) for x in like["values"]],
+    )  # fmt: skip
+
+
+def places(given):
+    """Every tensor among the arguments: (its name, the list or dict it is in, its key there)."""
+    for name, value in given.items():
+        if isinstance(value, torch.Tensor):
+            yield name, given, name
+        elif isinstance(value, list):
+            yield from ((f"{name}[{i}]", value, i) for i, v in enumerate(value) if v is not None)
+
+
+def spoil(tensor, how):
+    return {
+        "dtype": lambda: tensor.to(torch.bfloat16), "device": lambda: tensor.to("meta"), "rank": lambda: tensor[None],
+        "size": lambda: torch.cat([tensor, tensor]), "layout": lambda: torch.stack([tensor, tensor], -1)[..., 0],
+    }[how]()  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["dtype", "device", "rank", "size", "layout"])
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_the_compiled_code_takes_nothing_on_trust(way, how):
+    """A wrong tensor in any place of a direct call is a ValueError that names it, never a wild read or write."""
+    make_call = direct if way == "forward" else direct_backward
+    function = getattr(cpp.compiled(), f"qformer_attention_{way}")
+    function(**make_call())
+    for i, _ in enumerate(places(make_call())):
+        given = make_call()
+        name, holder, key = list(places(given))[i]
+        # A longer jagged stream is a right one, but then its gradient is too short; lse says what the sizes are.
+        blamed = {"values[0]": "dx[0]"}.get(name, name) if how == "size" else name
+        if how == "size" and name == "values[0]" and way == "forward":
+            continue
+        holder[key] = spoil(holder[key], how)
+        with pytest.raises(ValueError, match="qformer_attention: ") as error:
+            function(**given)
+        if name != "lse" and not (how == "size" and name == "u[0]"):
+            assert str(error.value).startswith(f"qformer_attention: {blamed}: was "), str(error.value)
+
+
+@pytest.mark.parametrize("way", ["forward", "backward"])
+@pytest.mark.parametrize("offsets", [[1, 4, 4, 10], [0, 4, 3, 10], [0, 4, 4, 11], [0, 4, 2**62, 10]])
+def test_the_compiled_code_refuses_wild_offsets(way, offsets):
+    given = direct() if way == "forward" else direct_backward()
+    given["offsets"][0] = torch.tensor(offsets)
+    with pytest.raises(ValueError, match="qformer_attention: offsets must"):
+        getattr(cpp.compiled(), f"qformer_attention_{way}")(**given)
+
+
+def test_a_list_of_another_length():
+    with pytest.raises(ValueError, match=re.escape("masks: held 1 entries, must hold one for each of the 2 streams")):
+        cpp.compiled().qformer_attention_forward(**direct() | {"masks": [None]})
 
 
 @pytest.mark.parametrize("runtime", ["auto", "std"])
@@ -60,13 +166,36 @@ def test_every_thread_count(runtime, count, threads):
     oracle.same_bits_twice(op("absorb", "cpp"), oracle.convert(args(), torch.float32))
 
 
+@pytest.mark.parametrize("per_item", [False, True])
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_long_items_are_cut_into_parts(batch, per_item, frozen, threads, monkeypatch):
+    """Fewer items than threads: each is cut, and the parts are joined to the same numbers."""
+    threads(3)
+    monkeypatch.setattr(kernel, "PART", 4)
+    cut, real = [], kernel._parts
+    monkeypatch.setattr(kernel, "_parts", lambda *args: cut.append(real(*args)) or cut[-1])
+    for lengths in ([40, [3, 0, 50][:batch]], [[0, 0, 9][:batch], 1], [33]):
+        made = make(batch, 5, 3, 7, [37, 16][: len(lengths)], lengths, masked=True, per_item=per_item)
+        if frozen:
+            made["values"] = [x.detach() for x in made["values"]]
+        oracle.check(op("absorb", "cpp"), plain, made, torch.float32)
+        oracle.same_bits_twice(op("absorb", "cpp"), oracle.convert(made, torch.float32))
+    assert max(cut) == -(-6 // batch)
+    poisoned = oracle.convert(made, torch.float32)
+    with torch.no_grad():
+        poisoned["values"][0][~poisoned["masks"][0]] = torch.nan
+    for a, b in zip(*(oracle.run(op("absorb", "cpp"), oracle.convert(a, torch.float32), 0) for a in (poisoned, made)), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("runtime", ["auto", "std"])
 def test_calls_from_several_threads_at_once(runtime, threads):
     threads(2)
     cpp.compiled().set_thread_runtime(runtime)
     inputs = [oracle.convert(args(), torch.float32) for _ in range(4)]
     want = [oracle.run(op("absorb", "cpp"), a, 0) for a in inputs]
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(4, initializer=threads, initargs=(2,)) as pool:  # each thread has a count of its own
         for _ in range(5):
             for got, expected in zip(pool.map(lambda a: oracle.run(op("absorb", "cpp"), a, 0), inputs), want, strict=True):
                 assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
@@ -83,8 +212,6 @@ def _in_child(inputs, count, results):
 def test_in_a_forked_worker():
     """As in a data loader's worker: forked after the parent has used its threads."""
     inputs = ([torch.randn(2, 1, 3, 16)], None, [torch.randn(6, 50, 16)], [None])
-    from em3.backends.cpp import qformer_attention as kernel
-
     want = float(kernel.forward(*inputs, [None], 6)[0][0].sum())
     context = multiprocessing.get_context("fork")
     for count in (1, 2):
@@ -94,3 +221,19 @@ def test_in_a_forked_worker():
         assert results.get(timeout=60) == pytest.approx(want, rel=1e-4, abs=1e-4)
         child.join(60)
         assert child.exitcode == 0
+
+
+def test_a_fork_before_the_first_call_is_known():
+    """As where torch has started its threads, em3 has not used them, and a data loader forks."""
+    code = """
+import os, torch
+import em3.backends.cpp
+threads = lambda: em3.backends.cpp.compiled().cpu_features()["threads"]
+em3.backends.cpp.compiled()
+child = os.fork()
+if child == 0:
+    os._exit(0 if threads() == "std" else 1)
+assert os.waitpid(child, 0)[1] == 0, "the child would use the threads of its parent"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

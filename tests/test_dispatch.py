@@ -6,6 +6,8 @@ import logging
 import os
 import subprocess
 import sys
+import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -115,8 +117,46 @@ def test_the_choice_is_said_once(caplog, monkeypatch):
 def test_debug_checks_looks_where_it_otherwise_would_not():
     from em3.ops import _checks
 
-    elsewhere = torch.empty(3, device="meta", dtype=torch.long)
+    elsewhere = SimpleNamespace(numel=lambda: 3, device=torch.device("cuda"))
     assert not _checks.looks(elsewhere)
     with em3.debug_checks():
         assert _checks.looks(elsewhere)
     assert not _checks.looks(elsewhere)
+
+
+@pytest.mark.parametrize("enter", [lambda: em3.use_backend("torch"), em3.debug_checks], ids=["use_backend", "debug_checks"])
+def test_overlapping_threads_leave_nothing_behind(enter):
+    """One enters before the other and leaves before it."""
+    from em3.ops import _checks
+
+    state = lambda: (_dispatch.requested(None), _checks._debug.on)  # noqa: E731
+    before, inside, left, seen = state(), threading.Event(), threading.Event(), []
+
+    def other():
+        with enter():
+            inside.set()
+            left.wait()
+            seen.append(state())
+        seen.append(state())
+
+    thread = threading.Thread(target=other)
+    with enter():
+        thread.start()
+        inside.wait()
+    assert state() == before, "another thread's choice holds here"
+    left.set()
+    thread.join()
+    assert seen[0] != before, "another thread's leaving was felt"
+    assert seen[1] == state() == before
+
+
+def test_set_backend_holds_in_every_thread():
+    seen = []
+    em3.set_backend("torch")
+    try:
+        thread = threading.Thread(target=lambda: seen.append(_dispatch.requested(None)))
+        thread.start()
+        thread.join()
+    finally:
+        em3.set_backend("auto")
+    assert seen == ["torch"]

@@ -35,6 +35,8 @@ std::atomic<bool> force_std{false};
 // GNU OpenMP hangs when it is used in a process forked after its pool was started.
 std::atomic<bool> forked{false};
 
+bool must_use_std() { return force_std.load() || forked.load(); }
+
 #if EM3_FIND_OPENMP
 bool is_openmp(const std::string& path) {
   const std::string file = path.substr(path.rfind('/') + 1);
@@ -76,10 +78,6 @@ Runtime runtime() {
   std::lock_guard<std::mutex> guard(lock);
   if (cached.parallel == nullptr) {
     cached = find_runtime();
-#if EM3_FIND_OPENMP
-    static const int registered = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
-    if (registered != 0) cached = {};  // without the fork handler the borrowed pool is not safe
-#endif
   }
   return cached;
 }
@@ -136,13 +134,20 @@ void parallel_for(int threads, int parts, const std::function<void(int)>& fn) {
   Job job;
   job.fn = &fn;
   job.parts = parts;
-  const Runtime found = force_std.load() || forked.load() ? Runtime{} : runtime();
+  const Runtime found = must_use_std() ? Runtime{} : runtime();
   if (found.parallel != nullptr) {
     found.parallel(work, &job, static_cast<unsigned>(threads), 0);
   } else {
     run_on_std_threads(threads, job);
   }
   if (job.error) std::rethrow_exception(job.error);
+}
+
+void watch_forks() {
+#if EM3_FIND_OPENMP
+  static const int failed = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
+  if (failed != 0) force_std.store(true);  // a borrowed pool is not safe without it
+#endif
 }
 
 void set_thread_runtime(const std::string& name) {
@@ -153,7 +158,7 @@ void set_thread_runtime(const std::string& name) {
 }
 
 std::string thread_runtime() {
-  if (force_std.load() || forked.load()) return "std";
+  if (must_use_std()) return "std";
   const Runtime found = runtime();
   return found.parallel != nullptr ? "gomp:" + found.path : "std";
 }

@@ -14,6 +14,10 @@ namespace em3 {
 // is rethrown here. threads <= 1 or parts <= 1 runs in the calling thread and touches no runtime.
 void parallel_for(int threads, int parts, const std::function<void(int)>& fn);
 
+// Called when the module is loaded: from then on a forked process is known for one, whoever started the pool in its
+// parent, and runs on threads of its own.
+void watch_forks();
+
 // "auto": the OpenMP runtime that is already loaded, else std::thread. "std": always std::thread.
 // Anything else throws std::invalid_argument.
 void set_thread_runtime(const std::string& name);

@@ -113,7 +113,13 @@ template <class Stream>
 void check(const Shape& shape, const std::vector<Stream>& streams) {
   require(shape.B >= 0 && shape.H >= 1 && shape.Q >= 0, "B and Q must be at least 0 and H at least 1");
   require(!streams.empty() && streams.size() <= kMaxStreams, "there must be 1 to 8 streams");
-  for (const Stream& s : streams) require(s.tokens.n >= 0 && s.tokens.C >= 1, "n must be at least 0 and C at least 1");
+  for (const Stream& s : streams) {
+    require(s.tokens.n >= 0 && s.tokens.C >= 1, "n must be at least 0 and C at least 1");
+    const int64_t* offsets = s.tokens.offsets;
+    if (offsets == nullptr) continue;
+    require(offsets[0] == 0 && offsets[shape.B] <= s.tokens.n, "offsets must begin with 0 and end within the values");
+    for (int64_t b = 0; b < shape.B; ++b) require(offsets[b] <= offsets[b + 1], "offsets must not decrease");
+  }
 }
 
 int64_t rows_of(const TokenStream& s, int64_t b) { return s.offsets == nullptr ? s.n : s.offsets[b + 1] - s.offsets[b]; }

@@ -28,7 +28,7 @@ struct TokenStream {
   std::int64_t token_stride;  // in elements; the C floats of a token are adjacent
   std::int64_t n;
   std::int64_t C;
-  const std::int64_t* offsets;   // [B+1], already validated, or null
+  const std::int64_t* offsets;   // [B+1], from 0, never falling, at most n; or null
   const std::uint8_t* mask;      // 1 = present: [B, n] with mask_item_stride, jagged [n]; null = all present
   std::int64_t mask_item_stride;
 };
@@ -60,7 +60,7 @@ struct BackwardStream {
   float* dx;           // [B, n, C] or [n, C], contiguous, null = not wanted
 };
 
-// Both throw std::invalid_argument for sizes they cannot serve. `threads` is an upper bound. The same inputs and
+// Both throw std::invalid_argument for sizes they cannot serve and offsets that would lead outside x. `threads` is an upper bound. The same inputs and
 // thread count give the same bits.
 void qformer_attention_forward(const Shape& shape, const std::vector<ForwardStream>& streams, float* lse, int threads,
                                Isa isa);

@@ -8,26 +8,35 @@ the CPU; on a GPU only under :func:`debug_checks`, since looking there waits for
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-_debug = False
+
+class _Debug(threading.local):
+    on = False
+
+
+_debug = _Debug()
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @contextlib.contextmanager
 def debug_checks() -> Iterator[None]:
-    """Check the content of offsets and indices on the GPU too, at the price of waiting for the device in each call."""
-    global _debug
-    before, _debug = _debug, True
+    """Check the content of offsets and indices on the GPU too, at the price of waiting for the device in each call.
+
+    It holds for the thread that enters it. The backward of tensors on a GPU runs in a thread of PyTorch's own, so it
+    is the forward that is checked there.
+    """
+    before, _debug.on = _debug.on, True
     try:
         yield
     finally:
-        _debug = before
+        _debug.on = before
 
 
 def shape(tensor: Tensor, expected: Sequence[int | str], name: str) -> None:
@@ -74,7 +83,9 @@ def one_of(value: str, allowed: Sequence[str], name: str) -> None:
 
 def looks(tensor: Tensor) -> bool:
     """Whether the content of an index tensor may be looked at."""
-    return tensor.numel() > 0 and (_debug or tensor.device.type == "cpu")
+    if tensor.device.type == "meta":
+        return False
+    return tensor.numel() > 0 and (_debug.on or tensor.device.type == "cpu")
 
 
 def offsets_content(offsets: Tensor, total: int, name: str) -> None:
@@ -105,16 +116,28 @@ def index_content(index: Tensor, low: int, count: int, name: str, of: str) -> No
         raise ValueError(f"{name}: held {was}, must be from {low}{missing} to {count - 1}, the last {of}")
 
 
+def no_second_order(op: str) -> None:
+    """Make a gradient of the gradients of ``em3::op`` an error; without this it would be zero, silently."""
+
+    def refuse(ctx: Any, *grads: Any) -> NoReturn:
+        raise RuntimeError(f"em3.ops.{op} has no second-order gradients")
+
+    torch.library.register_autograd(f"em3::{op}_backward", refuse)
+
+
+def autocast_is_on(device: torch.device) -> bool:
+    """Also for a device that knows no autocast, such as ``meta``."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """Inside an operator the dtypes are settled: autocast must not round a backend's float32 sums."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False) if autocast_is_on(device) else contextlib.nullcontext()
 
 
 def autocast(*tensors: Tensor | None, device: torch.device) -> list[Any]:
     """The tensors in autocast's dtype where autocast is on for the device, as they are otherwise."""
-    if not torch.is_autocast_enabled(device.type):
+    if not autocast_is_on(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device.type)
     # float64 stays as it is, like under autocast everywhere else.

@@ -19,6 +19,7 @@ import functools
 import importlib
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -53,8 +54,15 @@ def checked_name(name: str, source: str) -> str:
     return name
 
 
-# A plain global, not a context variable: torch.compile guards on the former and cannot trace the latter.
 _default: str = checked_name(os.environ.get("EM3_BACKEND", "auto") or "auto", "EM3_BACKEND")
+
+
+# Not a context variable: torch.compile guards on both of these, and cannot trace that.
+class _Used(threading.local):
+    backend: str | None = None
+
+
+_used = _Used()
 
 
 def set_backend(name: str) -> None:
@@ -69,19 +77,24 @@ def set_backend(name: str) -> None:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """``set_backend`` for the length of a ``with`` block. Like it, it holds for all threads of the process."""
-    global _default
-    before = _default
-    _default = checked_name(name, "use_backend")
+    """Ask for one backend for the length of a ``with`` block, in the thread that enters it.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    before = _used.backend
+    _used.backend = checked_name(name, "use_backend")
     try:
         yield
     finally:
-        _default = before
+        _used.backend = before
 
 
 def requested(backend: str | None) -> str:
-    """The backend that a call asks for: its own argument, else the process-wide choice."""
-    return _default if backend is None else checked_name(backend, "backend")
+    """The backend that a call asks for: its own argument, else that of ``use_backend``, else the process-wide one."""
+    if backend is not None:
+        return checked_name(backend, "backend")
+    return _default if _used.backend is None else _used.backend
 
 
 def choose(op: str, request: str, args: tuple[Any, ...]) -> ModuleType:

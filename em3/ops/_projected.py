@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..jagged import Stream
 from . import _checks
 
 
@@ -47,10 +48,30 @@ def _padded(stream: Projected, name: str) -> tuple[Tensor, Tensor, Tensor | None
     if keys.shape[0] == 0:
         empty = (offsets.shape[0] - 1, 0, keys.shape[1])
         return keys.reshape(empty), values.reshape(empty), None
+    if offsets.is_meta:
+        must = "must be on a device that holds data: how far the stream is padded depends on it; use strategy='absorb'"
+        raise ValueError(f"{name}: was on meta, {must}")
     index, present = torch.ops.em3.jagged_index(offsets, keys.shape[0], name)
-    rows = index.reshape(-1)
-    k, v = (t.index_select(0, rows).view(*index.shape, t.shape[1]) for t in (keys, values))
-    return k, v, present if mask is None else present & mask[rows].view(index.shape)
+    if mask is not None:
+        present = present & mask[index]
+    return gathered(keys, index, present), gathered(values, index, present), present
+
+
+def real_tokens(stream: Stream) -> Tensor:
+    """The values with zeros at masked places and behind the last item: what lies there must not reach the weights."""
+    x, offsets, mask = stream
+    if offsets is not None:
+        mask = torch.arange(x.shape[0], device=x.device) < offsets[-1]
+    return x if mask is None else x.masked_fill(~mask[..., None], 0)
+
+
+def gathered(table: Tensor, rows: Tensor, present: Tensor) -> Tensor:
+    """The rows of ``table [n, C]`` that ``rows [...]`` names -> ``[..., C]``, zeros where not ``present``.
+
+    A weight of zero at such a place would not do, for 0 * NaN is NaN.
+    """
+    x = table.index_select(0, rows.reshape(-1)).masked_fill_(~present.reshape(-1, 1), 0)
+    return x.view(*rows.shape, table.shape[1])
 
 
 def _joined(padded: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> Tensor | None:
@@ -68,12 +89,12 @@ torch.library.define("em3::jagged_index", "(Tensor offsets, SymInt total, str na
 def _jagged_index(offsets, total, name):
     """Row numbers ``[B, N]`` (0 where there is no row), ``N`` = the longest item but at least 1; and which are real."""
     _checks.offsets_content(offsets, total, name)
+    offsets = offsets.clamp(0, total)  # on a GPU nobody has looked at them
     lengths = offsets.diff()
     longest = max(1, int(lengths.max())) if lengths.numel() else 1
     step = torch.arange(longest, device=offsets.device)
-    index = offsets[:-1, None] + step
-    present = (step < lengths[:, None]) & (index >= 0) & (index < total)
-    return index.masked_fill(~present, 0), present
+    present = step < lengths[:, None]
+    return (offsets[:-1, None] + step).masked_fill(~present, 0), present
 
 
 @torch.library.register_fake("em3::jagged_index")

@@ -70,9 +70,9 @@ def contrastive_loss(content: Tensor, ids_embedding: Tensor, *, item_ids: Tensor
     several positives (SupCon, arXiv 2004.11362, equation 2), logQ (Bengio and Senecal, "Adaptive Importance Sampling",
     2008; Yi et al., "Sampling-Bias-Corrected Neural Modeling", RecSys 2019). EM3's task: arXiv 2404.06078.
     """
-    autocast = torch.is_autocast_enabled(content.device.type)
     dtype = content.dtype
-    if autocast:  # A bf16 logit near 100 is off by 0.25: nothing is cast down here, half inputs are cast up.
+    if _checks.autocast_is_on(content.device):
+        # A bf16 logit near 100 is off by 0.25: nothing is cast down here, half inputs are cast up.
         content, ids_embedding, negatives = (_widened(t, content) for t in (content, ids_embedding, negatives))
         dtype = content.dtype
     _check(content, ids_embedding, item_ids, logit_scale, log_q, weight, negatives)
@@ -213,7 +213,7 @@ torch.library.define(
 @torch.library.impl("em3::contrastive_loss", "default")
 def _forward(x, y, scale, item_ids, offset, rows, cols, backend):
     args = (x, y, scale, item_ids, offset, rows, cols)
-    with torch.autocast(x.device.type, enabled=False):
+    with _checks.no_autocast(x.device):
         return _dispatch.choose("contrastive_loss", backend, args).forward(*args)
 
 
@@ -221,7 +221,7 @@ def _forward(x, y, scale, item_ids, offset, rows, cols, backend):
 def _backward(drow, dcol, x, y, scale, item_ids, offset, row, col, need, backend):
     args = (x, y, scale, item_ids, offset, row.shape[0] > 0, col.shape[0] > 0)
     chosen = _dispatch.choose("contrastive_loss", backend, args)
-    with torch.autocast(x.device.type, enabled=False):
+    with _checks.no_autocast(x.device):
         return chosen.backward(drow, dcol, x, y, scale, item_ids, offset, row, col, need)
 
 
@@ -253,9 +253,5 @@ def _autograd(ctx, drow, dcol):
     return dx, dy, dscale, None, doffset, None, None, None
 
 
-def _no_second_order(ctx, *_):
-    raise RuntimeError("em3.ops.contrastive_loss has no second-order gradients")
-
-
 torch.library.register_autograd("em3::contrastive_loss", _autograd, setup_context=_setup_context)
-torch.library.register_autograd("em3::contrastive_loss_backward", _no_second_order)
+_checks.no_second_order("contrastive_loss")

@@ -41,7 +41,7 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, 
     Returns:
         ``[..., D]``, of the inputs' dtype (under autocast: of its dtype). float32, bfloat16, float16 or float64; for
         the half types ``x lora_a^T`` stays in float32. Gradients flow to every floating-point argument but
-        ``scaling`` that requires them, and cost nothing for the others.
+        ``scaling`` that requires them, and cost nothing for the others; second-order ones are an error.
 
     Raises:
         ValueError: naming the argument, what it was and what it must be. On a GPU the content of ``adapter`` and
@@ -133,20 +133,28 @@ torch.library.define(
 
 @torch.library.impl("em3::lora_linear", "default")
 def _forward(x, weight, bias, lora_a, lora_b, scaling, scalings, adapter, offsets, backend):
-    if adapter is not None:
-        _checks.index_content(adapter, -1, lora_a.shape[0], "adapter", "adapter")
-    if offsets is not None:
-        _checks.offsets_content(offsets, x.shape[0], "offsets")
+    _check_content(x.shape[0], lora_a, adapter, offsets)
     args = (x, weight, bias, lora_a, lora_b, scaling, scalings, adapter, offsets)
-    return _dispatch.choose("lora_linear", backend, args).forward(*args)
+    with _checks.no_autocast(x.device):
+        return _dispatch.choose("lora_linear", backend, args).forward(*args)
 
 
 @torch.library.impl("em3::lora_linear_backward", "default")
 def _backward(dy, x, weight, lora_a, lora_b, scaling, scalings, adapter, offsets, need, backend):
+    _check_content(dy.shape[0], lora_a, adapter, offsets)
     args = (dy, x, weight, lora_a, lora_b, scaling, scalings, adapter, offsets)
     # dy stands in for x, which may be absent: it has x's rows, dtype and device.
     chosen = _dispatch.choose("lora_linear", backend, (dy, weight, None, *args[3:]))
-    return chosen.backward(*args, need)
+    with _checks.no_autocast(dy.device):
+        return chosen.backward(*args, need)
+
+
+def _check_content(rows, lora_a, adapter, offsets):
+    """In the backward again: the user's index tensors may have been written to in between."""
+    if adapter is not None:
+        _checks.index_content(adapter, -1, lora_a.shape[0], "adapter", "adapter")
+    if offsets is not None:
+        _checks.offsets_content(offsets, rows, "offsets")
 
 
 @torch.library.register_fake("em3::lora_linear")
@@ -178,3 +186,4 @@ def _autograd(ctx, dy):
 
 
 torch.library.register_autograd("em3::lora_linear", _autograd, setup_context=_setup_context)
+_checks.no_second_order("lora_linear")

@@ -46,7 +46,8 @@ def lora_target_attention(target: Tensor, history: Any, bank: Tensor, w_q: Tenso
 
     Returns:
         Shaped like ``target``, of its dtype (under autocast: of its dtype). Gradients flow to every floating-point
-        argument that requires them, to ``bank`` as a dense tensor, and cost nothing for the others.
+        argument that requires them, to ``bank`` as a dense tensor, and cost nothing for the others; second-order ones
+        are an error. Nothing in the bank reaches a user whose history does not name it, not even NaN.
 
     Raises:
         ValueError: naming the argument, what it was and what it must be. On a GPU a row number outside the bank raises
@@ -99,38 +100,49 @@ def cheaper(tokens: int, batch: int, bank: Tensor, m: int, h: int, d: int) -> st
 def _absorbed_form(q: Tensor, ids: Tensor, offsets: Tensor | None, bank: Tensor, w_k: Tensor, w_v: Tensor,
                    lora_k: Lora | None, lora_v: Lora | None, request: str) -> Tensor:  # fmt: skip
     batch, m, h, e = q.shape
+    c = bank.shape[1]
     rows = q.permute(2, 0, 1, 3).reshape(h, batch * m, e)  # [H, B * M, E]
-    u = torch.bmm(rows, w_k.view(h, e, -1))  # [H, B * M, C]
+    u = torch.bmm(rows, w_k.view(h, e, c))  # [H, B * M, C]
     if lora_k is not None:  # kept apart from w_k: in bf16 their sum would round small updates away
         a, b, scaling = lora_k
-        u = torch.baddbmm(u, torch.bmm(rows, b.view(h, e, -1)), a.expand(h, -1, -1), alpha=scaling)
-    y, _ = torch.ops.em3.lora_target_attention(u.view(h, batch, m, -1), ids, offsets, bank, request)
-    y = y.view(h, batch * m, -1)
-    out = torch.bmm(y, w_v.view(h, e, -1).transpose(1, 2))  # [H, B * M, E]
+        u = torch.baddbmm(u, torch.bmm(rows, b.view(h, e, b.shape[1])), a.expand(h, -1, -1), alpha=scaling)
+    y, _ = torch.ops.em3.lora_target_attention(u.view(h, batch, m, c), ids, offsets, bank, request)
+    y = y.view(h, batch * m, c)
+    out = torch.bmm(y, w_v.view(h, e, c).transpose(1, 2))  # [H, B * M, E]
     if lora_v is not None:
         a, b, scaling = lora_v
-        out = torch.baddbmm(out, y @ a.t(), b.view(h, e, -1).transpose(1, 2), alpha=scaling)
+        out = torch.baddbmm(out, y @ a.t(), b.view(h, e, b.shape[1]).transpose(1, 2), alpha=scaling)
     return out.view(h, batch, m, e).permute(1, 2, 0, 3).reshape(batch, m, h * e)
 
 
 def _projected_form(q: Tensor, ids: Tensor, offsets: Tensor | None, bank: Tensor, w_k: Tensor, w_v: Tensor,
                     lora_k: Lora | None, lora_v: Lora | None) -> Tensor:  # fmt: skip
     rows, mask = torch.ops.em3.bank_rows(ids, bank.shape[0])
-    whole = bank.shape[0] < ids.numel()  # project each row of the bank once, then look the projections up
-    x = (bank if whole else _looked_up(bank, rows)).to(q.dtype)
+    whole = 0 < bank.shape[0] < ids.numel()  # project each row of the bank once, then look the projections up
+    if whole:  # without the rows that nobody names: they would reach the gradients of the weights
+        x = bank.masked_fill(~_named(rows, mask, bank)[:, None], 0)
+    else:
+        x = _looked_up(bank, rows, mask)
+    x = x.to(q.dtype)
     k, v = (
         F.linear(x, w) if lora is None else lora_linear(x, w, None, lora[0], lora[1], scaling=lora[2], backend="torch")
         for w, lora in ((w_k, lora_k), (w_v, lora_v))
     )
     if whole:
-        k, v = _looked_up(k, rows), _looked_up(v, rows)
+        k, v = _looked_up(k, rows, mask), _looked_up(v, rows, mask)
     return _projected.attend(q, [_projected.Projected(k, v, offsets, mask)], q.shape[0], ["history"])
 
 
-def _looked_up(table: Tensor, rows: Tensor) -> Tensor:
-    if table.shape[0] == 0:  # nothing to read: every row is masked, so one row of zeros stands in for them
+def _named(rows: Tensor, present: Tensor, bank: Tensor) -> Tensor:
+    """``[n]`` bool: the rows of the bank that somebody's history holds."""
+    counts = torch.zeros(bank.shape[0], dtype=torch.int32, device=bank.device)
+    return counts.index_add(0, rows.reshape(-1), present.reshape(-1).int()) > 0
+
+
+def _looked_up(table: Tensor, rows: Tensor, present: Tensor) -> Tensor:
+    if table.shape[0] == 0:  # nothing to read: no row is present, so one row of zeros stands in for them
         table = F.pad(table, (0, 0, 0, 1))
-    return table.index_select(0, rows.reshape(-1)).view(*rows.shape, table.shape[1])
+    return _projected.gathered(table, rows, present)
 
 
 def _parse(history: Any) -> tuple[Tensor, Tensor | None, int]:
@@ -150,6 +162,8 @@ def _parse_lora(lora: Any, name: str) -> Lora | None:
         return None
     if not isinstance(lora, (tuple, list)) or len(lora) != 3:
         raise ValueError(f"{name}: was {type(lora).__name__}, must be (A [R, C], B [D, R], scaling) or None")
+    if not isinstance(lora[2], (int, float)):
+        raise ValueError(f"{name}[2] (scaling): was {type(lora[2]).__name__}, must be a number")
     return lora[0], lora[1], lora[2]
 
 
@@ -191,9 +205,7 @@ torch.library.define("em3::bank_rows", "(Tensor history, SymInt rows) -> (Tensor
 
 @torch.library.impl("em3::lora_target_attention", "default")
 def _forward(u, history, offsets, bank, backend):
-    _checks.index_content(history, -1, bank.shape[0], "history", "row of the bank")
-    if offsets is not None:
-        _checks.offsets_content(offsets, history.shape[0], "history.offsets")
+    _check_content(history, offsets, bank)
     args = (u, history, offsets, bank)
     with _checks.no_autocast(u.device):
         return _dispatch.choose("lora_target_attention", backend, args).forward(*args)
@@ -201,9 +213,17 @@ def _forward(u, history, offsets, bank, backend):
 
 @torch.library.impl("em3::lora_target_attention_backward", "default")
 def _backward(dy, u, history, offsets, bank, y, lse, need_u, need_bank, backend):
+    _check_content(history, offsets, bank)
     chosen = _dispatch.choose("lora_target_attention", backend, (u, history, offsets, bank))
     with _checks.no_autocast(u.device):
         return chosen.backward(dy, u, history, offsets, bank, y, lse, need_u, need_bank)
+
+
+def _check_content(history, offsets, bank):
+    """In the backward again: the user's index tensors may have been written to in between."""
+    _checks.index_content(history, -1, bank.shape[0], "history", "row of the bank")
+    if offsets is not None:
+        _checks.offsets_content(offsets, history.shape[0], "history.offsets")
 
 
 @torch.library.impl("em3::bank_rows", "default")
@@ -247,3 +267,4 @@ def _autograd(ctx, dy, _):
 
 
 torch.library.register_autograd("em3::lora_target_attention", _autograd, setup_context=_setup_context)
+_checks.no_second_order("lora_target_attention")

@@ -49,7 +49,9 @@ def qformer_attention(query: Tensor, streams: Any, w_q: Tensor, w_k: Sequence[Te
 
     Returns:
         ``[B, Q, D]``, of the inputs' dtype (under autocast: of its dtype). float32, bfloat16, float16 or float64.
-        Gradients flow to every floating-point argument that requires them, and cost nothing for the others.
+        Gradients flow to every floating-point argument that requires them, and cost nothing for the others;
+        second-order ones are an error with ``"absorb"``. Nothing in the tokens of one item, and nothing at a masked
+        place, reaches another item, not even NaN.
 
     Raises:
         ValueError: naming the argument, what it was and what it must be.
@@ -72,16 +74,18 @@ def qformer_attention(query: Tensor, streams: Any, w_q: Tensor, w_k: Sequence[Te
 
     request = _dispatch.requested(backend)
     d = w_q.shape[0]
-    q = F.linear(query, w_q, b_q).view(-1, query.shape[-2], num_heads, d // num_heads)  # [1 or B, Q, H, E]
+    bu = batch if query.dim() == 3 else 1
+    q = F.linear(query, w_q, b_q).view(bu, query.shape[-2], num_heads, d // num_heads)  # [1 or B, Q, H, E]
     q = q * ((d // num_heads) ** -0.5 if scale is None else scale)
     if strategy == "auto":
         strategy = cheaper(parsed, query.shape[-2], num_heads, d) if request in ("auto", "torch") else "absorb"
     if strategy == "project":
         _dispatch.serves_projection("qformer_attention", request)
-        projected = [
-            _projected.Projected(F.linear(s.values, wk[i], bk[i]), F.linear(s.values, wv[i], bv[i]), s.offsets, s.mask)
-            for i, s in enumerate(parsed)
-        ]
+        projected = []
+        for s, *weights in zip(parsed, wk, wv, bk, bv, strict=True):
+            x = _projected.real_tokens(s)
+            k, v = F.linear(x, weights[0], weights[2]), F.linear(x, weights[1], weights[3])
+            projected.append(_projected.Projected(k, v, s.offsets, s.mask))
         out = _projected.attend(q, projected, batch, [f"streams[{i}]" for i in range(m)])
     else:
         out = _absorbed(q, parsed, wk, wv, bk, bv, batch, request)
@@ -113,17 +117,18 @@ def _absorbed(q: Tensor, streams: Sequence[Stream], w_k: Sequence[Tensor], w_v: 
               b_k: Sequence[Tensor | None], b_v: Sequence[Tensor | None], batch: int, request: str) -> Tensor:  # fmt: skip
     bu, nq, h, e = q.shape
     rows = q.permute(2, 0, 1, 3).reshape(h, bu * nq, e)  # [H, Bu * Q, E]
-    u = [torch.bmm(rows, w.view(h, e, -1)).view(h, bu, nq, -1) for w in w_k]  # [H, Bu, Q, C_m]
+    u = [torch.bmm(rows, w.view(h, e, w.shape[1])).view(h, bu, nq, w.shape[1]) for w in w_k]  # [H, Bu, Q, C_m]
     c = _score_offsets(rows, b_k, h, e)
     y, mass, _ = torch.ops.em3.qformer_attention(
-        u, None if c is None else c.view(-1, h, bu, nq), [s.values for s in streams], [s.offsets for s in streams],
+        u, None if c is None else c.view(len(u), h, bu, nq), [s.values for s in streams], [s.offsets for s in streams],
         [s.mask for s in streams], batch, request,
     )  # fmt: skip
     out = q.new_zeros(())
     for m, bias in enumerate(b_v):
-        out = out + torch.bmm(y[m].view(h, batch * nq, -1), w_v[m].view(h, e, -1).transpose(1, 2))
+        width = w_v[m].shape[1]
+        out = out + torch.bmm(y[m].view(h, batch * nq, width), w_v[m].view(h, e, width).transpose(1, 2))
         if bias is not None:
-            out = out + mass[m].reshape(h, -1, 1).to(out.dtype) * bias.view(h, 1, e)
+            out = out + mass[m].reshape(h, batch * nq, 1).to(out.dtype) * bias.view(h, 1, e)
     return out.view(h, batch, nq, e).permute(1, 2, 0, 3).reshape(batch, nq, h * e)
 
 
@@ -205,9 +210,7 @@ torch.library.define(
 
 @torch.library.impl("em3::qformer_attention", "default")
 def _forward(u, c, values, offsets, masks, batch, backend):
-    for m, bounds in enumerate(offsets):
-        if bounds is not None:
-            _checks.offsets_content(bounds, values[m].shape[0], f"streams[{m}].offsets")
+    _check_content(values, offsets)
     args = (u, c, values, offsets, masks, batch)
     with _checks.no_autocast(values[0].device):
         return _dispatch.choose("qformer_attention", backend, args).forward(*args)
@@ -215,9 +218,17 @@ def _forward(u, c, values, offsets, masks, batch, backend):
 
 @torch.library.impl("em3::qformer_attention_backward", "default")
 def _backward(dy, dmass, u, c, values, offsets, masks, y, mass, lse, need_u, need_values, backend):
+    _check_content(values, offsets)
     chosen = _dispatch.choose("qformer_attention", backend, (u, c, values, offsets, masks, lse.shape[1]))
     with _checks.no_autocast(lse.device):
         return chosen.backward(dy, dmass, u, c, values, offsets, masks, y, mass, lse, need_u, need_values)
+
+
+def _check_content(values, offsets):
+    """In the backward again: the user's offsets may have been written to in between."""
+    for m, bounds in enumerate(offsets):
+        if bounds is not None:
+            _checks.offsets_content(bounds, values[m].shape[0], f"streams[{m}].offsets")
 
 
 @torch.library.register_fake("em3::qformer_attention")
@@ -268,3 +279,4 @@ def _no_gradient(given):
 
 
 torch.library.register_autograd("em3::qformer_attention", _autograd, setup_context=_setup_context)
+_checks.no_second_order("qformer_attention")

@@ -17,12 +17,13 @@ def lora_target_attention(target, history, bank, w_q, w_k, w_v, w_o, *, lora_k=N
     x = bank[ids.clamp(min=0)].to(target.dtype)  # [B, N, C]
     (b, n), d = ids.shape, w_q.shape[0]
 
-    q = (target if target.dim() == 3 else target[:, None]) @ w_q.T  # [B, M, D]
+    targets = target if target.dim() == 3 else target[:, None]  # [B, M, D]
+    q = targets @ w_q.T
     k, v = (_adapted(x, w, lora) for w, lora in ((w_k, lora_k), (w_v, lora_v)))  # [B, N, D]
     q, k, v = (t.reshape(b, t.shape[1], num_heads, d // num_heads).transpose(1, 2) for t in (q, k, v))  # [B, H, ., E]
     scores = (q @ k.transpose(2, 3) * (d // num_heads) ** -0.5).masked_fill(~seen[:, None, None, :], -torch.inf)
     weights = scores.softmax(-1).masked_fill(~seen[:, None, None, :], 0) if n else scores
-    out = (weights @ v).transpose(1, 2).reshape(b, -1, d) @ w_o.T  # [B, M, D]
+    out = (weights @ v).transpose(1, 2).reshape(targets.shape) @ w_o.T  # [B, M, D]
     return out if target.dim() == 3 else out[:, 0]
 
 

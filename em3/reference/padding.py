@@ -15,5 +15,5 @@ def padded(values: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     longest = max((len(r) for r in rows), default=0)
     mask = torch.tensor([[n < len(r) for n in range(longest)] for r in rows], dtype=torch.bool, device=values.device)
     out = [torch.cat([r, r.new_zeros(longest - len(r), *r.shape[1:])]) for r in rows]
-    stacked = torch.stack(out) if out else values.new_zeros(0, longest, *values.shape[1:])
+    stacked = torch.stack(out) if out else values[:0].reshape(0, longest, *values.shape[1:])
     return stacked, mask.reshape(len(rows), longest)

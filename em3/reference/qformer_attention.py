@@ -31,5 +31,5 @@ def qformer_attention(query, streams, w_q, w_k, w_v, w_o, b_q=None, b_k=None, b_
     # An item without tokens: a softmax over nothing is defined as nothing, so its attention is zero.
     scores = scores.masked_fill(~seen[:, None, None, :], -torch.inf)
     weights = scores.softmax(-1).masked_fill(~seen[:, None, None, :], 0) if n else scores
-    out = (weights @ heads[2]).transpose(1, 2).reshape(b, -1, d)  # [B, Q, D]
+    out = (weights @ heads[2]).transpose(1, 2).reshape(b, q.shape[1], d)  # [B, Q, D]
     return F.linear(out, w_o, b_o)

@@ -176,8 +176,35 @@ def test_opcheck(backend, duplicates):
     torch.library.opcheck(torch.ops.em3.contrastive_loss, args, test_utils=tests)
     row, col = (t.detach() for t in torch.ops.em3.contrastive_loss(*args))
     inputs = [t.detach() for t in (x, y, scale)]
-    back = (torch.randn(6), torch.randn(6), *inputs, ids, offset.detach(), row, col, [True] * 4, backend)
-    torch.library.opcheck(torch.ops.em3.contrastive_loss_backward, back, test_utils=("test_schema", "test_faketensor"))
+    for need in ([1, 1, 1, 1], [1, 0, 0, 0], [1, 0, 1, 0], [0, 0, 1, 0], [0, 1, 0, 1], [0, 0, 0, 0]):
+        back = (torch.randn(6), torch.randn(6), *inputs, ids, offset.detach(), row, col, [bool(n) for n in need], backend)
+        torch.library.opcheck(torch.ops.em3.contrastive_loss_backward, back)
+
+
+def test_second_order_gradients_are_an_error():
+    args = make(6, 4)
+    first = torch.autograd.grad(em3.ops.contrastive_loss(**args), oracle.leaves(args), create_graph=True)
+    with pytest.raises(RuntimeError, match="contrastive_loss has no second-order gradients"):
+        torch.autograd.grad(first[0].sum(), args["content"])
+
+
+@pytest.mark.parametrize("duplicates", ["mask", "positive"])
+def test_shapes_without_data(duplicates):
+    args = make(6, 4, k=2, ids=3, log_q=True, weight=True, duplicates=duplicates)
+    args = oracle.moved(oracle.convert(args, torch.float32), "meta")
+    out, *grads = oracle.run(op("auto"), args, 0)
+    assert out.is_meta
+    assert out.shape == ()
+    assert [g.shape for g in grads] == [t.shape for t in oracle.leaves(args)]
+
+
+@pytest.mark.parametrize("name", ["ids_embedding", "negatives", "item_ids", "log_q", "weight", "logit_scale"])
+def test_arguments_on_another_device(name):
+    """Every tensor but the first, one after the other."""
+    args = oracle.convert(make(6, 4, k=2, ids=3, log_q=True, weight=True), torch.float32)
+    args[name] = args[name].to("meta")
+    with pytest.raises(ValueError, match=f"^{name}: was on meta, must be on cpu like content"):
+        em3.ops.contrastive_loss(**args)
 
 
 def messages() -> dict[str, tuple[dict[str, Any], str]]:

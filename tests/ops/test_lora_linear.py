@@ -257,14 +257,64 @@ def test_compiles_without_graph_break(g, seed):
             torch.testing.assert_close(a, b)
 
 
-def test_autocast(seed):
-    args = make((40,), g=3, dtype=torch.float32)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
+@pytest.mark.parametrize("r", [3, 40])
+@pytest.mark.parametrize("g", [None, 3])
+def test_autocast(g, r, inside, backend, seed):
+    """The same bits as a call with bf16 arguments: inside the operator nothing is rounded further."""
+    args = make((400,), r=r, g=g, dtype=torch.float32)
+    grad = torch.randn(400, 4).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        y = lora_linear(**args)
+        y = lora_linear(**args, backend=backend)
+        if inside:
+            grads = torch.autograd.grad(y, oracle.leaves(args), grad)
+    if not inside:
+        grads = torch.autograd.grad(y, oracle.leaves(args), grad)
+    half = oracle.convert(args, torch.bfloat16)
+    want = lora_linear(**half, backend=backend)
     assert y.dtype == torch.bfloat16
-    grads = torch.autograd.grad(y.float().sum(), oracle.leaves(args))
-    assert all(g.dtype == torch.float32 for g in grads)
-    torch.testing.assert_close(y, lora_linear(**oracle.convert(args, torch.bfloat16)))
+    assert torch.equal(y, want)
+    for got, expected in zip(grads, torch.autograd.grad(want, oracle.leaves(half), grad), strict=True):
+        assert got.dtype == torch.float32
+        assert torch.equal(got, expected.float())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("route", ROUTES)
+def test_indices_that_change_before_the_backward_are_refused(route, backend, seed):
+    args = make((40,), g=3, route=route, dtype=torch.float32)
+    y = lora_linear(**args, backend=backend)
+    args[route].numpy()[-1] = 10**9
+    with pytest.raises(ValueError, match=rf"{route}: (held|ended at) 1000000000"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("g", [None, 3])
+def test_second_order_gradients_are_an_error(g, seed):
+    args = make((40,), g=g)
+    first = torch.autograd.grad(lora_linear(**args).square().sum(), oracle.leaves(args), create_graph=True)
+    with pytest.raises(RuntimeError, match="lora_linear has no second-order gradients"):
+        torch.autograd.grad(first[0].sum(), args["x"])
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("g", [None, 3])
+def test_shapes_without_data(g, route, seed):
+    args = oracle.moved(make((8, 5), g=g, route=route, dtype=torch.float32) | {"scaling": 1.0}, "meta")
+    out, *grads = oracle.run(lora_linear, args, seed)
+    assert out.is_meta
+    assert out.shape == (8, 5, 4)
+    assert [t.shape for t in grads] == [t.shape for t in oracle.leaves(args)]
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "lora_a", "lora_b", "scaling", *ROUTES])
+def test_arguments_on_another_device(name, seed):
+    """Every tensor but the first, one after the other."""
+    args = make((8,), g=3, route=name if name in ROUTES else "adapter", per_adapter=True, dtype=torch.float32)
+    args[name] = args[name].to("meta")
+    with pytest.raises(ValueError, match=f"^{name}: was on meta, must be on cpu like x"):
+        lora_linear(**args)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

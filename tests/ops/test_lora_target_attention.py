@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 import em3
 from em3 import reference
+from em3.ops import _checks
 from em3.ops.lora_target_attention import cheaper
 from tests import oracle
 
@@ -62,13 +65,13 @@ def make(batch: int, heads: int, e: int, c: int, rows: int, lengths: list[int] |
 @st.composite
 def shapes(draw: st.DrawFn, tiny: bool = True) -> dict[str, Any]:
     """Any shape; without ``tiny`` only those large enough for a rounding error to be typical of its type."""
-    batch = draw(st.integers(1 if tiny else 3, 5))
+    batch = draw(st.integers(0 if tiny else 3, 5))
     one = st.sampled_from([0, 1, 2, 17, 40] if tiny else [17, 40])
     lengths = draw(st.one_of(one, st.lists(one, min_size=batch, max_size=batch)))
     return dict(
         batch=batch, lengths=lengths, heads=draw(st.sampled_from([1, 2, 3] if tiny else [2, 4])),
         e=draw(st.sampled_from([1, 4, 7] if tiny else [16])), c=draw(st.sampled_from([1, 3, 16, 33] if tiny else [16, 33])),
-        rows=draw(st.sampled_from([2, 5, 100] if tiny else [20, 100])), m=draw(st.sampled_from([None, 1, 4])),
+        rows=draw(st.sampled_from([2, 5, 100] if tiny else [20, 100])), m=draw(st.sampled_from([None, 0, 1, 4] if tiny else [None, 1, 4])),
         rank=draw(st.sampled_from([None, 1, 3])), holes=draw(st.booleans()), bank_grad=draw(st.booleans()),
     )  # fmt: skip
 
@@ -204,6 +207,98 @@ def test_a_row_number_outside_the_bank_is_never_read():
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+@pytest.mark.parametrize(("strategy", "backend"), WAYS)
+@pytest.mark.parametrize("jagged", [False, True])
+@pytest.mark.parametrize("rows", [9, 500], ids=["whole bank projected", "rows projected"])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_a_bank_row_reaches_nobody_who_does_not_name_it(strategy, backend, jagged, rows, poison):
+    clean = oracle.convert(make(4, 2, 4, 6, rows, [5, 0, 7, 2] if jagged else 6, holes=True), torch.float32)
+    clean["ids"].clamp_(max=rows - 2)
+    clean["ids"][clean["ids"] == 0] = 1
+    clean["ids"].view(-1)[-2] = -1
+    spoiled = oracle.convert(clean, torch.float32)
+    with torch.no_grad():  # rows that nobody names, among them the one that stands where there is none
+        spoiled["bank"][0], spoiled["bank"][rows - 1] = poison, poison
+    for a, b in zip(oracle.run(op(strategy, backend), spoiled, 0), oracle.run(op(strategy, backend), clean, 0), strict=True):
+        torch.testing.assert_close(a, b)
+    clean["ids"].view(-1)[0] = spoiled["ids"].view(-1)[0] = 0  # now user 0 names it
+    got, want = (op(strategy, backend)(**a) for a in (spoiled, clean))
+    assert not torch.isfinite(got[0]).all()
+    torch.testing.assert_close(got[1:], want[1:])
+    a, b = (torch.autograd.grad(y[1:].sum(), x["target"])[0] for y, x in ((got, spoiled), (want, clean)))
+    torch.testing.assert_close(a[1:], b[1:])
+
+
+@pytest.mark.parametrize("backend", oracle.backends("lora_target_attention"))
+def test_indices_that_change_before_the_backward_are_refused(backend):
+    args = oracle.convert(make(3, 2, 4, 6, 9, [4, 1, 6]), torch.float32)
+    for name, wrong, message in (("ids", 10**9, r"history: held 1000000000"), ("offsets", 12, r"history.offsets: ended at 12")):
+        changed = args | {name: args[name].clone()}
+        out = op("absorb", backend)(**changed)
+        changed[name].numpy()[-1] = wrong
+        with pytest.raises(ValueError, match=message):
+            out.sum().backward()
+
+
+@pytest.mark.parametrize("backend", oracle.backends("lora_target_attention"))
+def test_second_order_gradients_are_an_error(backend):
+    args = oracle.convert(make(2, 2, 4, 6, 9, 5), torch.float32)
+    first = torch.autograd.grad(op("absorb", backend)(**args).square().sum(), oracle.leaves(args), create_graph=True)
+    with pytest.raises(RuntimeError, match="lora_target_attention has no second-order gradients"):
+        torch.autograd.grad(first[0].sum(), args["bank"])
+
+
+@pytest.mark.parametrize(("strategy", "backend"), WAYS)
+def test_training_after_an_evaluation_in_inference_mode(strategy, backend):
+    args = oracle.convert(make(4, 2, 4, 6, 9, [5, 0, 7, 2]), torch.float32)
+
+    def work():  # in a thread of its own, which keeps no memory yet
+        with torch.inference_mode():
+            want = op(strategy, backend)(**args)
+        return want, oracle.run(op(strategy, backend), args, 0)[0]
+
+    with ThreadPoolExecutor(1) as pool:
+        torch.testing.assert_close(*pool.submit(work).result())
+
+
+@pytest.mark.parametrize("strategy", ["absorb", "project"])
+def test_shapes_without_data(strategy):
+    args = oracle.moved(oracle.convert(make(3, 2, 4, 6, 9, 5, m=2), torch.float32), "meta")
+    out, *grads = oracle.run(op(strategy, "auto"), args, 0)
+    assert out.is_meta
+    assert out.shape == (3, 2, 8)
+    assert [g.shape for g in grads] == [t.shape for t in oracle.leaves(args)]
+    jagged = oracle.moved(oracle.convert(make(3, 2, 4, 6, 9, [5, 0, 1]), torch.float32), "meta")
+    assert op("absorb", "auto")(**jagged).shape == (3, 8)
+    with pytest.raises(ValueError, match=r"history.offsets: was on meta, .*use strategy='absorb'"):
+        op("project", "auto")(**jagged)
+
+
+def test_wild_offsets_that_nobody_looked_at(monkeypatch):
+    monkeypatch.setattr(_checks, "looks", lambda tensor: False)
+    for strategy in ("absorb", "project"):
+        args = oracle.convert(make(3, 2, 4, 6, 9, [5, 1, 4]), torch.float32)
+        tame = op(strategy, "torch")(**args | {"offsets": torch.tensor([0, 5, 10, 10])})
+        wild = op(strategy, "torch")(**args | {"offsets": torch.tensor([-(10**15), 5, 10**15, 10**12])})
+        torch.testing.assert_close(wild, tame)
+
+
+@pytest.mark.parametrize("name", ["history", "history.offsets", "bank", "w_q", "w_k", "w_v", "w_o", "lora_k[0] (A)",
+                                  "lora_k[1] (B)", "lora_v[0] (A)", "lora_v[1] (B)"])  # fmt: skip
+def test_arguments_on_another_device(name):
+    """Every tensor but the first, one after the other."""
+    args = oracle.convert(make(2, 2, 4, 6, 9, [3, 4]), torch.float32)
+    if name.startswith("lora"):
+        lora, entry = list(args[name[:6]]), int(name[7])
+        lora[entry] = lora[entry].to("meta")
+        args[name[:6]] = tuple(lora)
+    else:
+        place = {"history": "ids", "history.offsets": "offsets"}.get(name, name)
+        args[place] = args[place].to("meta")
+    with pytest.raises(ValueError, match="^" + re.escape(f"{name}: was on meta, must be on cpu like target")):
+        op("auto", "auto")(**args)
+
+
 def test_the_cost_model_takes_the_cheaper_form():
     bank = torch.empty(100_000, 256, device="meta")
     assert cheaper(64 * 200, 64, bank, 1, 4, 256) == "absorb"
@@ -224,6 +319,7 @@ def messages() -> dict[str, tuple[dict[str, Any], str]]:
         "jagged row": (dict(history=em3.Jagged(torch.tensor([1, 9]), torch.tensor([0, 1, 2]))), r"history: held 9, must be"),
         "falling": (dict(history=em3.Jagged(torch.tensor([1, 2]), torch.tensor([0, 2, 1]))), r"history.offsets: fell from 2 to 1"),
         "running past": (dict(history=em3.Jagged(torch.tensor([1, 2]), torch.tensor([0, 2, 3]))), r"history.offsets: ended at 3, must not run past the 2 rows"),
+        "first offset": (dict(history=em3.Jagged(torch.tensor([1, 2]), torch.tensor([1, 1, 2]))), r"history.offsets: began with 1, must begin with 0"),
         "bank rank": (dict(bank=f(5)), r"bank: was \[5\], must be \[n, C\]"),
         "bank dtype": (dict(bank=torch.ones(5, 6, dtype=torch.int8)), r"bank: was torch.int8, must be a floating-point dtype"),
         "heads": (dict(num_heads=3), r"num_heads: was 3, must be at least 1 and divide the width 4 of target"),
@@ -232,6 +328,7 @@ def messages() -> dict[str, tuple[dict[str, Any], str]]:
         "lora form": (dict(lora_k=f(2, 6)), r"lora_k: was Tensor, must be \(A \[R, C\], B \[D, R\], scaling\) or None"),
         "lora A": (dict(lora_k=(f(2, 5), f(4, 2), 1.0)), r"lora_k\[0\] \(A\): was \[2, 5\], must be \[R, 6\]"),
         "lora B": (dict(lora_v=(f(2, 6), f(4, 3), 1.0)), r"lora_v\[1\] \(B\): was \[4, 3\], must be \[4, 2\]"),
+        "lora scaling": (dict(lora_v=(f(2, 6), f(4, 2), f(()))), r"lora_v\[2\] \(scaling\): was Tensor, must be a number"),
         "dtype": (dict(w_o=f(4, 4).double()), r"w_o: was torch.float64, must be torch.float32 like target"),
         "device": (dict(bank=torch.empty(5, 6, device="meta")), r"bank: was on meta, must be on cpu like target"),
         "strategy": (dict(strategy="best"), r"strategy: was 'best', must be one of"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 import em3
 from em3 import reference
+from em3.ops import _checks
 from em3.ops.qformer_attention import cheaper
 from tests import oracle
 
@@ -68,14 +71,14 @@ def make(batch: int, q: int, heads: int, e: int, widths: list[int], lengths: lis
 @st.composite
 def shapes(draw: st.DrawFn, tiny: bool = True) -> dict[str, Any]:
     """Any shape; without ``tiny`` only those large enough for a rounding error to be typical of its type."""
-    batch = draw(st.integers(1 if tiny else 3, 5))
+    batch = draw(st.integers(0 if tiny else 3, 5))
     lengths: list[list[int] | int] = []
     for _ in range(draw(st.integers(1, 3))):
         jagged = draw(st.booleans())
         one = st.sampled_from([0, 1, 2, 3, 17, 40] if tiny else [17, 40])
         lengths.append(draw(st.lists(one, min_size=batch, max_size=batch)) if jagged else draw(one))
     return dict(
-        batch=batch, q=draw(st.sampled_from([1, 2, 5, 8] if tiny else [4, 8])), lengths=lengths,
+        batch=batch, q=draw(st.sampled_from([0, 1, 2, 5, 8] if tiny else [4, 8])), lengths=lengths,
         heads=draw(st.sampled_from([1, 2, 3] if tiny else [2, 3])), e=draw(st.sampled_from([1, 4, 7, 16] if tiny else [16])),
         widths=[draw(st.sampled_from([1, 3, 16, 33] if tiny else [16, 33])) for _ in lengths],
         masked=draw(st.booleans()), per_item=draw(st.booleans()), bias=draw(st.booleans()),
@@ -239,6 +242,123 @@ def test_opcheck(backend, dynamic):
     back = ([torch.randn_like(t) for t in y], torch.randn_like(mass), frozen[0], c.detach(), frozen[1], offsets, masks,
             frozen[2], mass.detach(), lse, True, [True, False], backend)  # fmt: skip
     torch.library.opcheck(torch.ops.em3.qformer_attention_backward, back)
+
+
+@pytest.mark.parametrize(("strategy", "backend"), WAYS)
+@pytest.mark.parametrize("kind", ["padded", "jagged", "mixed"])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_nothing_of_an_item_reaches_the_others(strategy, backend, kind, poison):
+    """NaN in a token stays with its item, forward and backward."""
+    lengths = {"padded": [6], "jagged": [[4, 0, 6, 1]], "mixed": [5, [4, 0, 6, 1]]}[kind]
+    args = oracle.convert(make(4, 3, 2, 4, [8] * len(lengths), lengths, per_item=True), torch.float32)
+    want = op(strategy, backend)(**args)
+    spoiled = oracle.convert(args, torch.float32)
+    with torch.no_grad():
+        (spoiled["values"][0][0] if kind != "jagged" else spoiled["values"][0])[0] = poison  # a token of item 0
+    got = op(strategy, backend)(**spoiled)
+    assert not torch.isfinite(got[0]).any()
+    torch.testing.assert_close(got[1:], want[1:])
+    tensors = ["query", "w_q", "w_o", "b_q", "b_o"]  # and the weights of the streams
+    inputs = [[a[n] for n in tensors] + a["w_k"] + a["w_v"] + a["b_k"] + a["b_v"] for a in (spoiled, args)]
+    grad = torch.randn(want[1:].shape)
+    if strategy == "absorb":  # each item's own gradients; sums over items are as bad as their worst part
+        (a, *_), (b, *_) = (torch.autograd.grad(y[1:], i, grad) for y, i in zip((got, want), inputs, strict=True))
+        torch.testing.assert_close(a[1:], b[1:])
+
+
+@pytest.mark.parametrize(("strategy", "backend"), WAYS)
+@pytest.mark.parametrize("kind", ["masked", "behind the last item"])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_what_no_item_holds_is_never_seen(strategy, backend, kind, poison):
+    lengths = {"masked": [6, 3], "behind the last item": [[4, 0, 6], 2]}[kind]
+    clean = oracle.convert(make(3, 3, 2, 4, [8, 8], lengths, masked=kind == "masked"), torch.float32)
+    if kind == "masked":
+        clean["masks"][0][1] = False
+        nowhere = ~clean["masks"][0]
+    else:
+        clean["values"][0] = torch.cat([clean["values"][0].detach(), torch.randn(5, 8)]).requires_grad_()
+        nowhere = torch.arange(15) >= 10
+    spoiled = oracle.convert(clean, torch.float32)
+    with torch.no_grad():
+        spoiled["values"][0][nowhere] = poison
+    for a, b in zip(oracle.run(op(strategy, backend), spoiled, 0), oracle.run(op(strategy, backend), clean, 0), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", oracle.backends("qformer_attention"))
+def test_offsets_that_change_before_the_backward_are_refused(backend):
+    args = oracle.convert(make(3, 2, 2, 4, [8], [[4, 1, 6]]), torch.float32)
+    for wrong, message in (([0, 4, 5, 10**9], "must not run past"), ([0, 9, 5, 11], "must not decrease"), ([2, 4, 5, 11], "must begin")):
+        changed = args | {"offsets": [args["offsets"][0].clone()]}
+        out = op("absorb", backend)(**changed)
+        changed["offsets"][0].numpy()[:] = wrong
+        with pytest.raises(ValueError, match=rf"streams\[0\].offsets: .* {message}"):
+            out.sum().backward()
+
+
+@pytest.mark.parametrize("backend", oracle.backends("qformer_attention"))
+def test_second_order_gradients_are_an_error(backend):
+    args = oracle.convert(make(2, 2, 2, 4, [8], [5]), torch.float32)
+    first = torch.autograd.grad(op("absorb", backend)(**args).square().sum(), oracle.leaves(args), create_graph=True)
+    with pytest.raises(RuntimeError, match="qformer_attention has no second-order gradients"):
+        torch.autograd.grad(first[1].sum(), args["query"])
+
+
+@pytest.mark.parametrize(("strategy", "backend"), WAYS)
+def test_training_after_an_evaluation_in_inference_mode(strategy, backend):
+    """Memory that is kept from call to call is not an inference tensor. In a thread of its own, where none is kept yet."""
+    args = oracle.convert(make(4, 3, 2, 4, [8], [[4, 0, 6, 1]]), torch.float32)
+
+    def work():
+        with torch.inference_mode():
+            want = op(strategy, backend)(**args)
+        return want, oracle.run(op(strategy, backend), args, 0)[0]
+
+    with ThreadPoolExecutor(1) as pool:
+        torch.testing.assert_close(*pool.submit(work).result())
+
+
+@pytest.mark.parametrize("strategy", ["absorb", "project"])
+@pytest.mark.parametrize("per_item", [False, True])
+def test_shapes_without_data(strategy, per_item):
+    """On the meta device, as in the shape propagation of a model that is not loaded yet."""
+    args = oracle.moved(oracle.convert(make(3, 2, 2, 4, [8, 6], [5, 4], masked=True, per_item=per_item), torch.float32), "meta")
+    out, *grads = oracle.run(op(strategy, "auto"), args, 0)
+    assert out.is_meta
+    assert out.shape == (3, 2, 8)
+    assert [g.shape for g in grads] == [t.shape for t in oracle.leaves(args)]
+    jagged = oracle.moved(oracle.convert(make(3, 2, 2, 4, [8], [[4, 1, 2]]), torch.float32), "meta")
+    assert op("absorb", "auto")(**jagged).shape == (3, 2, 8)
+    with pytest.raises(ValueError, match=r"streams\[0\].offsets: was on meta, .*use strategy='absorb'"):
+        op("project", "auto")(**jagged)
+
+
+def test_wild_offsets_that_nobody_looked_at(monkeypatch):
+    """As on a GPU: they are held within the values, and ask for no memory beyond the values' own rows."""
+    monkeypatch.setattr(_checks, "looks", lambda tensor: False)
+    for strategy in ("absorb", "project"):
+        args = oracle.convert(make(3, 2, 2, 4, [8], [[4, 1, 6]]), torch.float32)
+        tame = op(strategy, "torch")(**args | {"offsets": [torch.tensor([0, 4, 11, 11])]})
+        wild = op(strategy, "torch")(**args | {"offsets": [torch.tensor([-(10**15), 4, 10**15, 10**12])]})
+        torch.testing.assert_close(wild, tame)
+
+
+DEVICES = ["streams[0]", "streams[1]", "streams[1].offsets", "masks[0]", "w_q", "w_o", "b_q", "b_o",
+           *(f"{name}[{m}]" for name in ("w_k", "w_v", "b_k", "b_v") for m in (0, 1))]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_arguments_on_another_device(name):
+    """Every tensor but the first, one after the other."""
+    args = oracle.convert(make(2, 2, 2, 4, [8, 6], [5, [3, 4]], masked=True), torch.float32)
+    place, _, entry = "offsets[1]".partition("[") if name.endswith("offsets") else name.partition("[")
+    place, entry = {"streams": "values"}.get(place, place), entry.strip("]")
+    if entry:
+        args[place][int(entry)] = args[place][int(entry)].to("meta")
+    else:
+        args[place] = args[place].to("meta")
+    with pytest.raises(ValueError, match="^" + re.escape(f"{name}: was on meta, must be on cpu like query")):
+        op("auto", "auto")(**args)
 
 
 def test_scale():

@@ -1,5 +1,6 @@
-"""The ``cpp`` backend: the compiled CPU kernels of csrc/cpu, called with pointers, sizes and strides.
+"""The ``cpp`` backend: the compiled CPU kernels of csrc/cpu.
 
+They are called with the tensors themselves, and check the dtype, shape, strides and device of each (csrc/tensor.h).
 ``EM3_CPU_ISA`` (``baseline``, ``avx2`` or ``avx512``) forces an instruction set; without it the widest one that the
 processor has is used.
 """
@@ -11,23 +12,27 @@ import importlib
 import os
 from types import ModuleType
 
-from torch import Tensor
-
 isa = os.environ.get("EM3_CPU_ISA", "")
 
 
-@functools.cache
 def unavailable() -> str | None:
     """None, or the reason why the compiled kernels cannot be used in this process."""
+    return _why_not(isa)
+
+
+@functools.cache
+def _why_not(isa: str) -> str | None:
     from ...env import extension
 
-    return extension()[1]
+    module, reason = extension()
+    if module is None or not isa:
+        return reason
+    sets = module.cpu_features()["isa"]
+    if isa not in sets:
+        return f"EM3_CPU_ISA={isa}: must be one of {', '.join(sets)}"
+    return None if sets[isa] is None else f"EM3_CPU_ISA={isa}: {sets[isa]}"
 
 
 @functools.cache
 def compiled() -> ModuleType:
     return importlib.import_module("em3._C")
-
-
-def pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

@@ -24,7 +24,13 @@ class Rows(NamedTuple):
     lookup: Tensor | None = None  # [B, N] or [T]: row numbers into values; out of range = missing
 
     def safe(self) -> Rows:
-        """Without row numbers that lie outside the values: what they name counts as missing (in ``mask``, like lookup)."""
+        """Without offsets or row numbers that lie outside: on a GPU nobody has looked at them.
+
+        What a row number outside names counts as missing (in ``mask``, which has the shape of ``lookup``).
+        """
+        if self.offsets is not None:
+            rows = self.values if self.lookup is None else self.lookup
+            self = self._replace(offsets=self.offsets.clamp(0, rows.shape[0]))
         if self.lookup is None:
             return self
         inside = (self.lookup >= 0) & (self.lookup < self.values.shape[0])
@@ -36,7 +42,7 @@ class Rows(NamedTuple):
 class Piece(NamedTuple):
     """The tokens of one chunk of items in one stream."""
 
-    x: Tensor  # [b, n, C]
+    x: Tensor  # [b, n, C], zero where not present
     present: Tensor | None  # [b, n] bool, None = all
     source: Tensor | slice  # where x came from: row numbers [b, n] into values' rows, or a slice of items
 
@@ -66,7 +72,8 @@ class Scratch:
         kept = self._kept.buffers
         buffer = kept.get((self.stream, values.dtype)) if keeps else self.buffer
         if buffer is None or buffer.numel() < size:
-            buffer = values.new_empty(size)
+            with torch.inference_mode(False):  # a tensor made in inference mode could not be kept for training
+                buffer = torch.empty(size, dtype=values.dtype, device=values.device)
             if keeps:
                 kept[self.stream, values.dtype] = buffer
             else:
@@ -120,7 +127,7 @@ def _groups(sorted_lengths: list[int], row_cost: int) -> Iterator[slice]:
 
 def _lengths(stream: Rows, num_items: int) -> Tensor:
     if stream.offsets is not None:
-        return stream.offsets.diff()
+        return stream.offsets.diff().clamp(min=0)
     grid = stream.values if stream.lookup is None else stream.lookup
     return torch.full((num_items,), grid.shape[1], device=grid.device)
 
@@ -129,11 +136,13 @@ def _padded(stream: Rows, items: slice | Tensor, scratch: Scratch) -> Piece:
     mask = None if stream.mask is None else stream.mask[items]
     if stream.lookup is not None:
         return _taken(stream.values, stream.lookup[items], mask, scratch)
+    x = stream.values[items]
+    if mask is not None and not (mask.device.type == "cpu" and bool(mask.all())):
+        x = x.masked_fill(~mask[..., None], 0)
     if isinstance(items, slice):
-        return Piece(stream.values[items], mask, items)
+        return Piece(x, mask, items)
     n = stream.values.shape[1]
-    rows = items[:, None] * n + torch.arange(n, device=items.device)
-    return Piece(stream.values[items], mask, rows)
+    return Piece(x, mask, items[:, None] * n + torch.arange(n, device=items.device))
 
 
 def _gathered(stream: Rows, items: Tensor, longest: int, scratch: Scratch) -> Piece:
@@ -141,8 +150,7 @@ def _gathered(stream: Rows, items: Tensor, longest: int, scratch: Scratch) -> Pi
         return _padded(stream, items, scratch)
     total = (stream.values if stream.lookup is None else stream.lookup).shape[0]
     rows = stream.offsets[items][:, None] + torch.arange(longest, device=items.device)  # [b, n]
-    # On a GPU nobody has looked at the offsets: they may run past the rows.
-    present = (rows < stream.offsets[items + 1][:, None]) & (rows >= 0) & (rows < total)
+    present = rows < stream.offsets[items + 1][:, None]
     rows = rows.masked_fill(~present, 0)
     if stream.lookup is not None and total:
         present = present if stream.mask is None else present & stream.mask[rows]
@@ -151,11 +159,17 @@ def _gathered(stream: Rows, items: Tensor, longest: int, scratch: Scratch) -> Pi
 
 
 def _taken(values: Tensor, rows: Tensor, present: Tensor | None, scratch: Scratch) -> Piece:
-    """Rows ``[b, n]`` of ``values [n, C]``, where every row number lies inside; those not present are to be ignored."""
+    """Rows ``[b, n]`` of ``values [n, C]``, where every row number lies inside; zeros for those not present."""
     if values.shape[0] == 0:
         return Piece(values.new_zeros(*rows.shape, values.shape[1]), present, rows)
     # index_select rather than values[rows]: it copies whole rows, 0.9 ms against 8.2 for 4,000 rows of 256 on 2 threads.
     x = torch.index_select(values, 0, rows.reshape(-1), out=scratch.take(rows.numel(), values))
+    if present is not None:  # a weight of 0 would not do: 0 * NaN is NaN
+        absent = ~present.reshape(-1)
+        if absent.device.type == "cpu":  # looking is free here, and only the absent rows are written to
+            x.index_fill_(0, absent.nonzero()[:, 0], 0)
+        else:
+            x.masked_fill_(absent[:, None], 0)
     return Piece(x.view(*rows.shape, values.shape[1]), present, rows)
 
 

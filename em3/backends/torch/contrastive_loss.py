@@ -83,12 +83,13 @@ def backward(drow: Tensor | None, dcol: Tensor | None, x: Tensor, y: Tensor, sca
             to_x[r].addmm_(ds, sheet.y[c])
         if to_y is not None:
             to_y[c].addmm_(ds.t(), sheet.x[r])
-    none = x.new_empty(0)
-    dx = none if to_x is None else _restore(sheet, to_x)
+    dx = x.new_empty(0) if to_x is None else _restore(sheet, to_x)
     # S = scale x y^T, so the gradient to the scale is that to S summed against x y^T, row by row.
-    dscale = (dx * x).sum(-1).sum() if need_scale else none
-    return (dx.mul_(scale) if need_x else none, none if to_y is None else _restore(sheet, to_y), dscale,
-            none if to_offset is None else _restore(sheet, to_offset))  # fmt: skip
+    dscale = (dx * x).sum(-1).sum() if need_scale else x.new_empty(0)
+    dx = dx.mul_(scale) if need_x else x.new_empty(0)
+    # No tensor may be returned twice: an operator's outputs must not alias.
+    dy, doffset = (x.new_empty(0) if t is None else _restore(sheet, t) for t in (to_y, to_offset))
+    return dx, dy, dscale, doffset
 
 
 def _arrange(x: Tensor, y: Tensor, scale: Tensor, item_ids: Tensor | None, offset: Tensor | None) -> Sheet:

@@ -56,9 +56,9 @@ def attend(streams: list[Rows], u: list[Tensor], c: Tensor | None, batch: int) -
         tops[chunk.items], sums[:, chunk.items] = shift, part
         for m, piece in enumerate(chunk.pieces):
             read = torch.bmm(weights[m], piece.x.to(dtype)).mul_(one_over[..., None])  # [b, K, C]
-            by_item[m][chunk.items] = read.view(chunk.size, h, q, -1).to(y[m].dtype)
+            by_item[m][chunk.items] = read.view(chunk.size, h, q, read.shape[-1]).to(y[m].dtype)
     total = sums.sum(0)  # [B, K]
-    mass = sums.div_(total.clamp(min=1)).view(-1, batch, h, q).transpose(1, 2)
+    mass = sums.div_(total.clamp(min=1)).view(len(streams), batch, h, q).transpose(1, 2)
     lse = total.log_().add_(tops).view(batch, h, q).transpose(0, 1)
     return y, mass.contiguous(), lse.contiguous()
 
@@ -95,10 +95,10 @@ def attend_backward(streams: list[Rows], dy: list[Tensor], dmass: Tensor | None,
             if need_u:
                 grad, flat = torch.bmm(ds, x), ds.sum(-1)  # [b, K, C], [b, K]
                 if shared:
-                    du[m] += grad.sum(0).view(h, 1, q, -1)
+                    du[m] += grad.sum(0).view(h, 1, q, grad.shape[-1])
                     dc[m] += flat.sum(0).view(h, 1, q)
                 else:
-                    du[m].transpose(0, 1)[chunk.items] = grad.view(chunk.size, h, q, -1)
+                    du[m].transpose(0, 1)[chunk.items] = grad.view(chunk.size, h, q, grad.shape[-1])
                     dc[m].transpose(0, 1)[chunk.items] = flat.view(chunk.size, h, q)
     return [g.to(x.dtype) for g, x in zip(du, u, strict=True)], dc, [g.to(s.values.dtype) for g, s in zip(dx, streams, strict=True)]
 
@@ -150,5 +150,5 @@ def _of_items(t: Tensor, chunk: Chunk, dtype: torch.dtype) -> Tensor:
     """
     whole = t.shape[1] == 1
     part = (t if whole else t[:, chunk.items]).to(dtype).transpose(0, 1)
-    rows = part.reshape(part.shape[0], -1, t.shape[-1])
+    rows = part.reshape(part.shape[0], t.shape[0] * t.shape[2], t.shape[3])
     return rows.expand(chunk.size, -1, -1) if whole else rows

@@ -1,0 +1,99 @@
+// Tensors as Python hands them over. No torch header is included, so everything is read through the attributes of the
+// Python object: data_ptr(), dtype, device, shape, stride(). The arguments of the call keep the memory alive.
+//
+// Nothing is taken on trust: a tensor of another dtype, shape, layout or device is a std::invalid_argument (ValueError
+// in Python) that names the argument, what it was and what it must be.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace em3 {
+
+template <class T>
+constexpr const char* kDtype = nullptr;
+template <class T>
+constexpr const char* kDtype<const T> = kDtype<T>;
+template <>
+inline constexpr const char* kDtype<float> = "torch.float32";
+template <>
+inline constexpr const char* kDtype<std::int64_t> = "torch.int64";
+template <>
+inline constexpr const char* kDtype<std::uint8_t> = "torch.bool";
+
+using Sizes = std::vector<std::int64_t>;
+
+class Tensor {
+ public:
+  Tensor(const pybind11::handle& tensor, std::string name) : name_(std::move(name)) {
+    const auto text = [&](const char* attribute) { return pybind11::str(tensor.attr(attribute)).cast<std::string>(); };
+    dtype_ = text("dtype");
+    const std::string device = text("device");
+    if (device != "cpu") fail("on " + device, "on cpu");
+    shape_ = tensor.attr("shape").cast<Sizes>();
+    strides_ = tensor.attr("stride")().cast<Sizes>();
+    address_ = tensor.attr("data_ptr")().cast<std::uintptr_t>();
+  }
+
+  const Sizes& shape() const { return shape_; }
+
+  // The stride of a dimension in elements. That of a dimension of size 1 or 0 says nothing, and is 0 here.
+  std::int64_t stride(std::size_t dim) const { return shape_[dim] > 1 ? strides_[dim] : 0; }
+
+  // -1 in `shape` is any size.
+  void require_shape(const Sizes& shape) const {
+    bool fits = shape.size() == shape_.size();
+    for (std::size_t i = 0; fits && i < shape.size(); ++i) fits = shape[i] < 0 || shape[i] == shape_[i];
+    if (!fits) fail(list(shape_), list(shape));
+  }
+
+  // The first element of a tensor of this shape whose innermost elements lie side by side.
+  template <class T>
+  T* rows(const Sizes& shape) const {
+    static_assert(kDtype<T> != nullptr, "a dtype that no kernel takes");
+    if (dtype_ != kDtype<T>) fail(dtype_, kDtype<T>);
+    require_shape(shape);
+    if (!shape_.empty() && shape_.back() > 1 && strides_.back() != 1) {
+      fail("of strides " + list(strides_), "of stride 1 in its last dimension");
+    }
+    return reinterpret_cast<T*>(address_);
+  }
+
+  // The same of a tensor that is one block.
+  template <class T>
+  T* block(const Sizes& shape) const {
+    T* const first = rows<T>(shape);
+    if (std::find(shape_.begin(), shape_.end(), 0) != shape_.end()) return first;
+    std::int64_t step = 1;
+    for (std::size_t i = shape_.size(); i-- > 0; step *= shape_[i]) {
+      if (shape_[i] > 1 && strides_[i] != step) fail("of strides " + list(strides_), "contiguous");
+    }
+    return first;
+  }
+
+  [[noreturn]] void fail(const std::string& was, const std::string& must) const {
+    throw std::invalid_argument(name_ + ": was " + was + ", must be " + must);
+  }
+
+ private:
+  static std::string list(const Sizes& numbers) {
+    std::string text = "[";
+    for (std::size_t i = 0; i < numbers.size(); ++i) {
+      text += (i == 0 ? "" : ", ") + (numbers[i] < 0 ? std::string("any") : std::to_string(numbers[i]));
+    }
+    return text + "]";
+  }
+
+  std::string name_, dtype_;
+  Sizes shape_, strides_;
+  std::uintptr_t address_ = 0;
+};
+
+}  // namespace em3
