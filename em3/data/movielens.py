@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .columns import STRING, Table, known_events, number, numbered, read_csv, unique_items
+from .columns import STRING, Table, known_events, number, numbered, read_csv, unique_items, with_decade
 from .requests import make_requests
 from .table import DataError, Items, RankingData
 
@@ -104,9 +104,9 @@ def _split_lines(path: Path, separator: str, columns: int) -> list[list[str]]:
 
 
 def _text(title: str, genres: list[str]) -> str:
-    """``The Matrix (1999) Action Sci-Fi`` of ``Matrix, The (1999)``: an encoder of text knows films by their names."""
+    """``The Matrix (1999) 1990s Action Sci-Fi`` of ``Matrix, The (1999)``: an encoder of text knows films by their names."""
     title = re.sub(r"^([^(]+), (The|An|A)(?= \(|$)", r"\2 \1", title.strip())
-    return " ".join([title, *(genre for genre in genres if genre and genre != "(no genres listed)")])
+    return " ".join([with_decade(title), *(genre for genre in genres if genre and genre != "(no genres listed)")])
 
 
 def _pictures(posters: Path | None, links: Path, ids: list[str]) -> list[Path | None]:

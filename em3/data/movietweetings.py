@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .columns import STRING, known_events, number, numbered, read_csv, read_parquet, unique_items
+from .columns import STRING, known_events, number, numbered, read_csv, read_parquet, unique_items, with_decade
 from .table import Items, RankingData, Rows
 
 FILES = ("ratings.csv", "movies.csv", "impressions.parquet")
@@ -54,7 +54,7 @@ def _items(folder: Path) -> Items:
     ids = unique_items(movies, "item")
     words = (movies.strings(name, empty=True).to_pylist() for name in ("title", "year", "genres"))
     texts = [
-        " ".join(word for word in (title, f"({year}) {year[:3]}0s" if year else "", *genres.split("|")) if word)
+        " ".join(word for word in (title, with_decade(f"({year})") if year else "", *genres.split("|")) if word)
         for title, year, genres in zip(*words, strict=True)
     ]
     posters = folder / "posters"

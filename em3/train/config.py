@@ -49,15 +49,15 @@ class ModelConfig:
     id_dropout: float = 0.0  # of the ID-only ranker; see content_id_dropout
     content_id_dropout: float = 0.5  # share of IDs taken for unseen in training, where there is content to fall back on
     hidden: list[int] = field(default_factory=lambda: [128, 64])
-    dropout: float = 0.2
+    dropout: float = 0.3
     content_dim: int = 64
     num_queries: int = 4  # Q
     dim: int = 64  # D of the Fusion-Q-Former
     num_layers: int = 1
     num_heads: int = 4  # H, of the Fusion-Q-Former and of the attention over the history
     rank: int = 8  # R of the LoRA over the history
-    contrast_weight: float = 0.1  # lambda
-    contrast_gradient: str = "both"  # both | content | id
+    contrast_weight: float = 0.05  # lambda
+    contrast_gradient: str = "id"  # both | content | id
 
 
 @dataclass
@@ -71,7 +71,7 @@ class TrainConfig:
     weight_decay: float = 1e-6
     id_lr_factor: float = 1.0  # of the ID tables' learning rate
     write_back: bool = True  # a step's content goes into the bank
-    refresh_every: int = 100  # steps between full refreshes of the bank
+    refresh_every: int = 50  # steps between full refreshes of the bank
     checkpoint_every: int = 200  # steps
     log_every: int = 20  # steps
 
@@ -82,7 +82,7 @@ class Config:
 
     data: str = "???"  # folder of the catalogue
     posters: str | None = None  # folder of pictures, for MovieLens
-    history_length: int = 100
+    history_length: int = 200
     tokens: str | None = None  # a token store to use; made in the run folder by default
     arms: list[str] = field(default_factory=lambda: ["id_only", "two_stage", "em3"])
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])

@@ -56,7 +56,7 @@ def tweetings(folder: Path, ratings: dict = RATINGS, movies: dict = MOVIES, show
 def test_movietweetings(tmp_path: Path) -> None:
     data = open_data(tweetings(tmp_path))
     assert data.items.ids == ["tt1", "tt2", "tt3"]
-    assert data.items.texts == ['Oh, "Doctor"! (1925) Comedy', "NA (2010)", "Čas Crime Sci-Fi"]
+    assert data.items.texts == ['Oh, "Doctor"! (1925) 1920s Comedy', "NA (2010) 2010s", "Čas Crime Sci-Fi"]
     assert data.items.pictures == [None, tmp_path / "posters/tt2.jpg", None]
     assert (data.name, data.num_users) == ("movietweetings", 3)
     assert data.events.user.tolist() == [0, 1, 0, 2, 1]
@@ -161,7 +161,12 @@ def test_movielens(tmp_path: Path, layout: Any) -> None:
     data = open_data(tmp_path)
     assert (data.name, data.num_users) == ("movielens", 30)
     assert data.items.ids == [str(f + 1) for f in range(12)]
-    assert data.items.texts == ["The Matrix (1999) Action Sci-Fi", *TITLES[1:]]
+    assert data.items.texts == [
+        "The Matrix (1999) 1990s Action Sci-Fi",
+        "Alien: Resurrection (1997) 1990s",
+        "Été, L' (1960) 1960s",
+        *(f"Film {f} (2000) 2000s" for f in range(9)),
+    ]
     assert data.items.pictures == [None] * 12
     events = sorted(SEEN, key=lambda event: event[2])
     assert data.events.time.tolist() == [t for _, _, t in events]
