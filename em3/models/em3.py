@@ -132,7 +132,7 @@ class EM3(nn.Module):
     def losses(self, batch: Batch, streams: Any = None) -> Losses:
         """The losses of a training step; ``streams`` as in ``forward``."""
         logits, content = self(batch, streams)
-        ranking = F.binary_cross_entropy_with_logits(logits, batch.label)
+        ranking = F.binary_cross_entropy_with_logits(logits, batch.label.to(logits.dtype))
         if self.contrast is None:
             return Losses(ranking, ranking, ranking.new_zeros(()), content)
         contrast = self.contrast_of(batch, content)

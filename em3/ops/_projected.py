@@ -45,16 +45,13 @@ def _padded(stream: Projected, name: str) -> tuple[Tensor, Tensor, Tensor | None
     keys, values, offsets, mask = stream
     if offsets is None:
         return keys, values, mask
-    if keys.shape[0] == 0:
-        empty = (offsets.shape[0] - 1, 0, keys.shape[1])
-        return keys.reshape(empty), values.reshape(empty), None
     if offsets.is_meta:
         must = "must be on a device that holds data: how far the stream is padded depends on it; use strategy='absorb'"
         raise ValueError(f"{name}: was on meta, {must}")
     index, present = torch.ops.em3.jagged_index(offsets, keys.shape[0], name)
-    if mask is not None:
-        present = present & mask[index]
-    return gathered(keys, index, present), gathered(values, index, present), present
+    # Where there is no token, a row of zeros behind the others is read: NaN would pass through a weight of 0.
+    k, v = (F.pad(t, (0, 0, 0, 1)).index_select(0, index.view(-1)).view(*index.shape, t.shape[1]) for t in (keys, values))
+    return k, v, present if mask is None else present & F.pad(mask, (0, 1))[index]
 
 
 def real_tokens(stream: Stream) -> Tensor:
@@ -63,15 +60,6 @@ def real_tokens(stream: Stream) -> Tensor:
     if offsets is not None:
         mask = torch.arange(x.shape[0], device=x.device) < offsets[-1]
     return x if mask is None else x.masked_fill(~mask[..., None], 0)
-
-
-def gathered(table: Tensor, rows: Tensor, present: Tensor) -> Tensor:
-    """The rows of ``table [n, C]`` that ``rows [...]`` names -> ``[..., C]``, zeros where not ``present``.
-
-    A weight of zero at such a place would not do, for 0 * NaN is NaN.
-    """
-    x = table.index_select(0, rows.reshape(-1)).masked_fill_(~present.reshape(-1, 1), 0)
-    return x.view(*rows.shape, table.shape[1])
 
 
 def _joined(padded: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> Tensor | None:
@@ -87,14 +75,14 @@ torch.library.define("em3::jagged_index", "(Tensor offsets, SymInt total, str na
 
 @torch.library.impl("em3::jagged_index", "default")
 def _jagged_index(offsets, total, name):
-    """Row numbers ``[B, N]`` (0 where there is no row), ``N`` = the longest item but at least 1; and which are real."""
+    """Row numbers ``[B, N]`` (``total`` for none), ``N`` = the longest item but at least 1; and which are real."""
     _checks.offsets_content(offsets, total, name)
     offsets = offsets.clamp(0, total)  # on a GPU nobody has looked at them
     lengths = offsets.diff()
     longest = max(1, int(lengths.max())) if lengths.numel() else 1
     step = torch.arange(longest, device=offsets.device)
     present = step < lengths[:, None]
-    return (offsets[:-1, None] + step).masked_fill(~present, 0), present
+    return (offsets[:-1, None] + step).masked_fill(~present, total), present
 
 
 @torch.library.register_fake("em3::jagged_index")

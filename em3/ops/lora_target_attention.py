@@ -118,31 +118,24 @@ def _absorbed_form(q: Tensor, ids: Tensor, offsets: Tensor | None, bank: Tensor,
 def _projected_form(q: Tensor, ids: Tensor, offsets: Tensor | None, bank: Tensor, w_k: Tensor, w_v: Tensor,
                     lora_k: Lora | None, lora_v: Lora | None) -> Tensor:  # fmt: skip
     rows, mask = torch.ops.em3.bank_rows(ids, bank.shape[0])
-    whole = 0 < bank.shape[0] < ids.numel()  # project each row of the bank once, then look the projections up
-    if whole:  # without the rows that nobody names: they would reach the gradients of the weights
-        x = bank.masked_fill(~_named(rows, mask, bank)[:, None], 0)
+    flat = rows.reshape(-1)
+    whole = bank.shape[0] <= ids.numel()  # project each row of the bank once, then look the projections up
+    # Where there is no item, and in place of a row that nobody names, stand zeros: NaN would pass through a weight of 0
+    # into the output, and through a gradient of 0 into that of the weights.
+    if whole:
+        named = torch.zeros(bank.shape[0] + 1, dtype=torch.bool, device=bank.device).index_fill(0, flat, True)
+        x = F.pad(bank, (0, 0, 0, 1)).masked_fill(~named[:, None], 0)  # [n + 1, C], the last row for no item
     else:
-        x = _looked_up(bank, rows, mask)
+        x = bank.index_select(0, flat.clamp(max=bank.shape[0] - 1)).masked_fill_(~mask.reshape(-1, 1), 0)  # [B * N, C]
     x = x.to(q.dtype)
     k, v = (
         F.linear(x, w) if lora is None else lora_linear(x, w, None, lora[0], lora[1], scaling=lora[2], backend="torch")
         for w, lora in ((w_k, lora_k), (w_v, lora_v))
     )
     if whole:
-        k, v = _looked_up(k, rows, mask), _looked_up(v, rows, mask)
+        k, v = k.index_select(0, flat), v.index_select(0, flat)
+    k, v = (t.view(*rows.shape, t.shape[1]) for t in (k, v))
     return _projected.attend(q, [_projected.Projected(k, v, offsets, mask)], q.shape[0], ["history"])
-
-
-def _named(rows: Tensor, present: Tensor, bank: Tensor) -> Tensor:
-    """``[n]`` bool: the rows of the bank that somebody's history holds."""
-    counts = torch.zeros(bank.shape[0], dtype=torch.int32, device=bank.device)
-    return counts.index_add(0, rows.reshape(-1), present.reshape(-1).int()) > 0
-
-
-def _looked_up(table: Tensor, rows: Tensor, present: Tensor) -> Tensor:
-    if table.shape[0] == 0:  # nothing to read: no row is present, so one row of zeros stands in for them
-        table = F.pad(table, (0, 0, 0, 1))
-    return _projected.gathered(table, rows, present)
 
 
 def _parse(history: Any) -> tuple[Tensor, Tensor | None, int]:
@@ -228,10 +221,10 @@ def _check_content(history, offsets, bank):
 
 @torch.library.impl("em3::bank_rows", "default")
 def _bank_rows(history, rows):
-    """Row numbers that are safe to read, and which of them are real."""
+    """Row numbers that are safe to read in a bank of ``rows`` and one more, which stands for none; and which are real."""
     _checks.index_content(history, -1, rows, "history", "row of the bank")
     present = (history >= 0) & (history < rows)
-    return history.masked_fill(~present, 0), present
+    return history.masked_fill(~present, rows), present
 
 
 @torch.library.register_fake("em3::lora_target_attention")

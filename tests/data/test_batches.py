@@ -1,0 +1,75 @@
+"""Batches: histories that never see the present, IDs of what training knows, epochs that can be resumed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from em3.data.batches import Batches
+from em3.data.table import Events, Items, RankingData, Rows
+
+
+def catalogue(rng: np.random.Generator, num_users: int, n: int, num_events: int, num_rows: int) -> RankingData:
+    events = Events(
+        rng.integers(num_users, size=num_events), rng.integers(n, size=num_events), np.sort(rng.integers(99, size=num_events))
+    )
+    rows = Rows(
+        request=np.arange(num_rows) // 3, user=rng.integers(num_users, size=num_rows), item=rng.integers(n, size=num_rows),
+        label=rng.integers(2, size=num_rows).astype(np.float32), time=np.zeros(num_rows, np.int64),
+        split=rng.integers(3, size=num_rows).astype(np.int8), cold=np.zeros(num_rows, bool),
+        before=rng.integers(num_events + 1, size=num_rows),
+    )  # fmt: skip
+    nothing: list[Path | None] = [None] * n
+    return RankingData("made up", Items([f"i{i}" for i in range(n)], [""] * n, nothing), num_users, events, rows)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(1, 6), st.integers(0, 30), st.integers(0, 20), st.integers(1, 8))
+def test_batches_against_loops(seed, num_users, n, num_events, num_rows, length):
+    data = catalogue(np.random.default_rng(seed), num_users, n, num_events, num_rows)
+    batches = Batches(data, length)
+    train = data.of_split("train")
+    period = data.rows.before[train].max(initial=0)
+    known_items = set(data.rows.item[train]) | set(data.events.item[:period])
+    known_users = set(data.rows.user[train]) | set(data.events.user[:period])
+    rows = np.arange(num_rows)[::-1].copy()
+    batch = batches.of(rows)
+    offsets = batch.history.offsets().tolist()
+    assert offsets[0] == 0
+    assert len(offsets) == num_rows + 1
+    assert torch.equal(batch.history_id.offsets(), batch.history.offsets())
+    for b, row in enumerate(rows):
+        user, item = data.rows.user[row], data.rows.item[row]
+        past = [i for e, i in enumerate(data.events.item) if data.events.user[e] == user and e < data.rows.before[row]]
+        start, stop = offsets[b], offsets[b + 1]
+        assert batch.history.values()[start:stop].tolist() == past[-length:]
+        assert batch.history_id.values()[start:stop].tolist() == [i + 1 if i in known_items else 0 for i in past[-length:]]
+        assert batch.user_id[b] == (user + 1 if user in known_users else 0)
+        assert batch.item[b] == item
+        assert batch.item_id[b] == (item + 1 if item in known_items else 0)
+        assert batch.label[b] == data.rows.label[row]
+    assert torch.equal(batch.distinct[batch.inverse], batch.item)
+    assert batch.distinct.tolist() == sorted(set(data.rows.item[rows]))
+    assert torch.equal(batch.distinct_id()[batch.inverse], batch.item_id)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(1, 12))
+def test_an_epoch_is_a_permutation_that_can_be_resumed(seed, num_rows, batch_size):
+    data = catalogue(np.random.default_rng(seed), 3, 50, 10, num_rows)
+    batches, rows = Batches(data, 5), np.arange(num_rows)
+    whole = list(batches.epoch(rows, batch_size, seed, 1))
+    assert len(whole) == max(1, num_rows // batch_size)
+    items = sorted(torch.cat([b.item for b in whole]).tolist())
+    rest = sorted(data.rows.item.tolist())
+    for item in items:
+        rest.remove(item)  # each row at most once
+    assert len(rest) == (num_rows % batch_size if num_rows >= batch_size else 0)
+    for skip in range(len(whole) + 1):
+        again = list(batches.epoch(rows, batch_size, seed, 1, skip))
+        assert [b.item.tolist() for b in again] == [b.item.tolist() for b in whole[skip:]]
+    if num_rows > 30:
+        other = list(batches.epoch(rows, batch_size, seed, 2))
+        assert [b.item.tolist() for b in other] != [b.item.tolist() for b in whole]

@@ -1,0 +1,118 @@
+"""``FusionQFormer`` against the same transformer written out with ``nn.MultiheadAttention``, and ``MeanTokens``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import em3
+from em3.layers import MeanTokens
+
+
+def plain(model: em3.FusionQFormer, tokens: torch.Tensor, pre: bool) -> torch.Tensor:
+    """One stream of full items ``[B, N, C]``, attention projected the textbook way."""
+    x = model.query.expand(len(tokens), -1, -1)
+
+    def attend(q, k, v, heads):
+        q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+        weights = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(-1)
+        return (weights @ v).transpose(1, 2).flatten(2)
+
+    for layer in model.layers:
+        h = layer.num_heads
+
+        def own(q, layer=layer, h=h):
+            return layer.proj(attend(*layer.qkv(q).chunk(3, -1), h))
+
+        def cross(q, c=layer.cross, h=h):
+            out = attend(F.linear(q, c.w_q, c.b_q), F.linear(tokens, c.w_k[0], c.b_k[0]), F.linear(tokens, c.w_v[0], c.b_v[0]), h)
+            return F.linear(out, c.w_o, c.b_o)
+
+        def ffn(q, layer=layer):
+            return layer.ffn_out(F.gelu(layer.ffn_in(q)))
+
+        blocks = [(layer.norm_self, own), (layer.norm_ffn, ffn)]
+        if layer.cross is not None:
+            blocks.insert(1, (layer.norm_cross, cross))
+        for norm, block in blocks:
+            x = x + block(norm(x)) if pre else norm(x + block(x))
+    return model.out(model.norm(x).flatten(1))
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_against_the_textbook(norm, seed):
+    model = em3.FusionQFormer(
+        [6], 8, num_queries=3, num_layers=3, num_heads=2, out_dim=5, cross_every=2, norm=norm
+    ).double()
+    assert [layer.cross is not None for layer in model.layers] == [True, False, True]
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    tokens = torch.randn(4, 7, 6, dtype=torch.float64)
+    got, want = model([tokens]), plain(model, tokens, norm == "pre")
+    assert got.shape == (4, 5)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    ours = torch.autograd.grad(got.square().sum(), list(model.parameters()))
+    theirs = torch.autograd.grad(want.square().sum(), list(model.parameters()))
+    for (name, _), a, b in zip(model.named_parameters(), ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8, msg=name)
+
+
+def test_jagged_equals_padded_and_empty_items(seed):
+    model = em3.FusionQFormer([6, 4], 8, num_queries=2, num_layers=2, num_heads=2, mean_residual=True)
+    lengths = [[3, 0, 5, 0], [2, 4, 0, 0]]
+    padded = [torch.randn(4, 6, 6), torch.randn(4, 4, 4)]
+    masks = [torch.arange(p.shape[1]) < torch.tensor(n)[:, None] for p, n in zip(padded, lengths, strict=True)]
+    jagged = [em3.Jagged(p[m], torch.tensor([0, *n]).cumsum(0)) for p, m, n in zip(padded, masks, lengths, strict=True)]
+    a, b = model(jagged), model(padded, masks)
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    a.square().sum().backward()
+    for name, p in model.named_parameters():
+        assert torch.isfinite(p.grad).all(), name
+        if "b_k" not in name and name not in ("layers.0.qkv.bias", "layers.1.qkv.bias"):
+            assert p.grad.abs().sum() > 0, name
+    # Without tokens nothing but constants is left.
+    nothing = [em3.Jagged(torch.empty(0, c), torch.zeros(3, dtype=torch.long)) for c in (6, 4)]
+    alone = model(nothing)
+    torch.testing.assert_close(alone[0], alone[1])
+    torch.testing.assert_close(alone[0], a[3])
+
+
+def test_mean_tokens(seed):
+    model = MeanTokens([6, 4], 5)
+    streams = [[torch.randn(n, c) for n in lengths] for c, lengths in ((6, (3, 0)), (4, (2, 4)))]
+    got = model([em3.Jagged.from_sequences(s) for s in streams])
+    for b in range(2):
+        want = torch.zeros(5)
+        for m, stream in enumerate(streams):
+            if len(stream[b]):
+                want = want + model.outs[m](model.norms[m](stream[b].mean(0)))
+        torch.testing.assert_close(got[b], want)
+    mask = torch.tensor([[True, True, False], [False, False, False]])
+    tokens = torch.randn(2, 3, 6)
+    tokens[~mask] = torch.nan
+    one = MeanTokens([6], 5)
+    torch.testing.assert_close(one([tokens], [mask])[0], one([tokens[:1, :2]])[0])
+    assert one([tokens], [mask])[1].tolist() == [0.0] * 5
+
+
+def test_compiles_whole(seed):
+    model = em3.FusionQFormer([6], 8, num_queries=2, num_heads=2, mean_residual=True)
+    tokens = torch.randn(3, 5, 6)
+    compiled = torch.compile(lambda t: model([t]), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(tokens), model([tokens]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(num_queries=0), "num_queries: was 0, must be at least 1"),
+        (dict(num_queries=2, num_layers=0), "num_layers: was 0, must be at least 1"),
+        (dict(num_queries=2, cross_every=0), "cross_every: was 0, must be at least 1"),
+        (dict(num_queries=2, norm="mid"), "norm: was 'mid', must be 'pre' or 'post'"),
+        (dict(num_queries=2, num_heads=3), "num_heads: was 3, must be at least 1 and divide dim 8"),
+    ],
+)
+def test_messages(options, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        em3.FusionQFormer([6], 8, **options)

@@ -1,0 +1,70 @@
+"""``atomic``: whatever happens to the writer, a reader finds the old content or the new one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from em3.files import atomic
+
+
+def test_new_content_in_new_folders(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "file"
+    with atomic(path) as file:
+        file.write(b"one")
+        assert not path.exists()
+    assert path.read_bytes() == b"one"
+    assert [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(KeyboardInterrupt), atomic(str(path)) as file:
+        file.write(b"new")
+        file.flush()
+        raise KeyboardInterrupt
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_content_is_on_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    real = {name: getattr(os, name) for name in ("fsync", "replace")}
+
+    def fsync(number: int) -> None:
+        path = Path(f"/proc/self/fd/{number}").resolve()
+        calls.append("fsync folder" if path.is_dir() else f"fsync {path.stat().st_size} bytes")
+        real["fsync"](number)
+
+    def replace(source: Path, target: Path) -> None:
+        calls.append("replace")
+        real["replace"](source, target)
+
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("no /proc: an open file's name cannot be asked for")
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    with atomic(tmp_path / "file") as file:
+        file.write(b"12345")
+    assert calls == ["fsync 5 bytes", "replace", "fsync folder"]
+
+
+def test_killed_while_writing(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    code = (
+        "import os, sys, signal\nfrom em3.files import atomic\n"
+        "with atomic(sys.argv[1]) as file:\n"
+        "    file.write(b'new' * 9999)\n    file.flush()\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == -signal.SIGKILL
+    assert path.read_bytes() == b"old"
+    with atomic(path) as file:  # what the killed one left behind is in nobody's way
+        file.write(b"newer")
+    assert path.read_bytes() == b"newer"
