@@ -34,9 +34,10 @@ def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, 
     if optimizer is not None:
         tensors |= {f"optimizer.{name}": t for name, t in _optimizer_tensors(optimizer).items()}
         tensors["random"] = torch.get_rng_state()
-    about = {"format": FORMAT, "version": str(VERSION), "state": json.dumps(state), "sha256": _digest(tensors)}
+    about = {"format": FORMAT, "version": VERSION, "state": state, "sha256": _digest(tensors)}
     with atomic(path) as file:
-        file.write(serialise(tensors, about))
+        # One entry of metadata: safetensors writes several in an order that differs from process to process.
+        file.write(serialise(tensors, {"em3": json.dumps(about)}))
 
 
 def load(path: str | os.PathLike[str], model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
@@ -71,18 +72,18 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
 
     try:
         with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in list(file.keys())}
     except SafetensorError as error:
         raise CheckpointError(f"{path}: is not a whole safetensors file ({error})") from None
+    about = json.loads(metadata.get("em3", "{}"))
     if about.get("format") != FORMAT:
         raise CheckpointError(f"{path}: is not a checkpoint of em3")
-    if int(about["version"]) > VERSION:
+    if about["version"] > VERSION:
         raise CheckpointError(f"{path}: has format version {about['version']}, this em3 reads up to {VERSION}")
     if about["sha256"] != _digest(tensors):
         raise CheckpointError(f"{path}: is damaged, its checksum does not fit")
-    state: dict[str, Any] = json.loads(about["state"])
-    return tensors, state
+    return tensors, about["state"]
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

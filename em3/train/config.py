@@ -112,14 +112,25 @@ def load(files: Sequence[str | os.PathLike[str]] = (), words: Sequence[str] = ()
             given = read()
             _known(OmegaConf.to_container(given), Config, "", name)
             merged = OmegaConf.merge(merged, given)
-        except (OmegaConfBaseException, YAMLError) as error:
-            raise ConfigError(f"{name}: {str(error).splitlines()[0]}") from None
+        except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{name}: {_said(error)}") from None
+        except OSError as error:  # of the file system, or omegaconf's word for a file that is a number
+            raise ConfigError(f"{name}: {error}, must be keys and values") if error.errno is None else error
     if OmegaConf.is_missing(merged, "data"):
         raise ConfigError("data: was not given, must be the folder of a catalogue (--data FOLDER)")
-    config = OmegaConf.to_object(merged)
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:  # ${...} of something that is not there
+        raise ConfigError(_said(error)) from None
     assert isinstance(config, Config)
     _check(config)
     return config
+
+
+def _said(error: Exception) -> str:
+    """In one line: the key where omegaconf knows it, the line and column where YAML does."""
+    key = getattr(error, "full_key", None)
+    return f"{key}: {str(error).splitlines()[0]}" if key else " ".join(str(error).split())
 
 
 def _from_word(word: str) -> Any:
@@ -133,15 +144,15 @@ def _from_word(word: str) -> Any:
 def _known(given: Any, kind: Any, prefix: str, source: str) -> None:
     """Every key of ``given`` is one of ``kind``'s."""
     if not isinstance(given, dict):
-        raise ConfigError(f"{source}: {prefix or 'the file'} was {type(given).__name__}, must be keys and values")
+        raise ConfigError(f"{source}: {prefix.rstrip('.') or 'the file'} was {type(given).__name__}, must be keys and values")
     kinds = {f.name: f for f in dataclasses.fields(kind)}
     for key, value in given.items():
         if key not in kinds:
-            everything = _keys(Config, "")
+            everything = [*_keys(Config, ""), *(f"{prefix}{name}" for name in kinds)]
             near = difflib.get_close_matches(f"{prefix}{key}", everything, 1, 0.5)
             near = near or [name for name in everything if name.rsplit(".", 1)[-1] == key]
             hint = f"; did you mean {near[0]!r}?" if near else f" (the keys are {', '.join(kinds)})"
-            raise ConfigError(f"{source}: no key {prefix}{key!s}{hint}")
+            raise ConfigError(f"{source}: no key {f"{prefix}{key}"!r}{hint}")
         inner: Any = kinds[key].default_factory
         if dataclasses.is_dataclass(inner):
             _known(value, inner, f"{prefix}{key}.", source)
@@ -151,7 +162,7 @@ def _keys(kind: Any, prefix: str) -> list[str]:
     names = []
     for f in dataclasses.fields(kind):
         inner: Any = f.default_factory
-        names += _keys(inner, f"{prefix}{f.name}.") if dataclasses.is_dataclass(inner) else [f"{prefix}{f.name}"]
+        names += [f"{prefix}{f.name}", *(_keys(inner, f"{prefix}{f.name}.") if dataclasses.is_dataclass(inner) else [])]
     return names
 
 

@@ -1,0 +1,55 @@
+"""The configuration: precedence, types, and complaints that name the nearest right word."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+pytest.importorskip("omegaconf")
+
+from em3.train.config import Config, ConfigError, load
+
+
+def test_later_ones_win(tmp_path):
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("data: there\nmodel: {ranker: dcnv2, rank: 4}\nseeds: [3]\n")
+    second.write_text("model: {rank: 5}\n")
+    config = load([first, second], ["model.num_queries=7", "train.lr=1e-4"])
+    assert (config.data, config.model.ranker, config.model.rank, config.model.num_queries) == ("there", "dcnv2", 5, 7)
+    assert config.train.lr == 1e-4
+    assert config.seeds == [3]
+    assert config.train.batch_size == Config().train.batch_size
+    assert load((), ["data=x", "seeds=[1,2]", "arms=[em3]"]).arms == ["em3"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "data: was not given"),
+        (["data=x", "model.rankr=din"], "no key 'model.rankr'; did you mean 'model.ranker'"),
+        (["data=x", "ranker=din"], "no key 'ranker'; did you mean 'model.ranker'"),
+        (["data=x", "modle.ranker=din"], "no key 'modle'; did you mean 'model'"),
+        (["data=x", "model.ranker=dnc2"], "model.ranker: was 'dnc2', must be one of din, dcnv2; did you mean 'dcnv2'"),
+        (["data=x", "arms=[em3,two_stge]"], "did you mean 'two_stage'"),
+        (["data=x", "arms=[]"], "arms: was [], must hold at least one entry"),
+        (["data=x", "seeds=[1,1]"], "seeds: was [1, 1], must hold at least one entry, each once"),
+        (["data=x", "train.epochs=many"], "train.epochs=many: Value 'many'"),
+        (["data=x", "train.epochs=0"], "train.epochs: was 0, must be at least 1"),
+        (["data=x", "model.rank=-1"], "model.rank: was -1, must be at least 0"),
+        (["data=x", "train"], "train: must be key=value"),
+        (["data=x", "train=3"], "train. was int, must be keys and values"),
+        (["data=x", "encoder.train=all"], "encoder.train: was 'all', must be one of frozen, lora, last_n"),
+    ],
+)
+def test_complaints(words, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load((), words)
+
+
+@pytest.mark.parametrize("text", ["model: [1, 2", "- 1\n- 2\n", "model: {rank: {}}\n", "just words"])
+def test_files_that_are_no_configuration(tmp_path, text):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(str(path))):
+        load([path], ["data=x"])

@@ -1,0 +1,157 @@
+"""A training that is interrupted ends with the same bits as one that is not."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+pytest.importorskip("safetensors")
+
+from em3.data.batches import Batches
+from em3.jagged import Jagged
+from em3.train import checkpoint, loop
+from em3.train.arms import build, frozen_features, reads_tokens
+from em3.train.config import Config, ModelConfig, TrainConfig
+
+from ..data.test_batches import catalogue
+
+TRAIN = TrainConfig(epochs=3, batch_size=32, warmup_steps=3, refresh_every=3, checkpoint_every=4, log_every=3)
+
+
+N, WIDTHS = 12, (5, 7)
+
+
+class Tokens:
+    """Random tokens of every item, ``read`` as a token store does; some items have none."""
+
+    def __init__(self):
+        lengths = torch.randint(0, 4, (2, N))
+        self.rows = [[torch.randn(int(k), c) for k in n] for c, n in zip(WIDTHS, lengths, strict=True)]
+
+    def read(self, items):
+        return [Jagged.from_sequences([stream[i] for i in items.tolist()]) for stream in self.rows]
+
+
+class Killed(Exception):
+    pass
+
+
+class Setting:
+    def __init__(self, seed, arm="em3", train=TRAIN):
+        data = catalogue(np.random.default_rng(seed), 20, N, 150, 500)
+        model = ModelConfig(id_dim=6, hidden=[12], content_dim=8, num_queries=2, dim=8, num_heads=2, rank=2)
+        self.config = Config(data="made up", model=model, train=train)
+        self.arm, self.batches = arm, Batches(data, 6)
+        torch.manual_seed(seed)
+        self.tokens = Tokens()
+
+    def training(self, folder):
+        torch.manual_seed(7)
+        features = frozen_features(self.tokens.read, N) if self.arm == "two_stage" else None
+        model = build(self.arm, self.config, self.batches, list(WIDTHS), features)
+        read = self.tokens.read if reads_tokens(self.arm) else None
+        return loop.Training(model, self.batches, read, self.config.train, 7, folder, {"arm": self.arm})
+
+
+def lines(folder):
+    return [{k: v for k, v in line.items() if k != "time"} for line in loop.read_metrics(folder)]
+
+
+@pytest.mark.parametrize("arm", ["id_only", "two_stage", "em3", "em3_mean_tokens"])
+def test_killed_anywhere(arm, seed, tmp_path):
+    setting = Setting(seed, arm)
+    want = setting.training(tmp_path / "whole").run()
+    steps = setting.training(tmp_path / "whole").steps
+    assert steps >= 12
+    for at in (1, steps // 2, steps - 1):
+        folder = tmp_path / f"killed{at}"
+        training = setting.training(folder)
+        step = training.step
+
+        def failing(batch, training=training, step=step, at=at):
+            if training.state.step == at:
+                raise Killed
+            step(batch)
+
+        training.step = failing
+        with pytest.raises(Killed):
+            training.run()
+        with open(folder / loop.METRICS, "a") as file:
+            file.write('{"step": 10000, "lo')  # a process may be killed in the middle of a line
+        torch.rand(3)
+        assert setting.training(folder).run() == want
+        assert lines(folder) == lines(tmp_path / "whole")
+        assert (folder / loop.BEST).read_bytes() == (tmp_path / "whole" / loop.BEST).read_bytes()
+
+
+def test_a_finished_training_is_not_repeated(seed, tmp_path):
+    setting = Setting(seed, "id_only")
+    want = setting.training(tmp_path).run()
+    before = (tmp_path / loop.LAST).stat().st_mtime_ns
+    assert setting.training(tmp_path).run() == want
+    assert (tmp_path / loop.LAST).stat().st_mtime_ns == before
+
+
+def test_the_best_epoch_is_tested(seed, tmp_path):
+    setting = Setting(seed, "id_only")
+    training = setting.training(tmp_path)
+    result = training.run()
+    valid = {line["step"]: line["valid"]["auc"] for line in lines(tmp_path) if "valid" in line}
+    assert result["best_step"] == max(valid, key=lambda step: valid[step])
+    assert result["valid"]["auc"] == max(valid.values())
+    again = setting.training(tmp_path / "other")
+    checkpoint.load(tmp_path / loop.BEST, again.model)
+    assert again.evaluate("test") == result["test"]
+
+
+def test_a_loss_that_is_not_finite(seed, tmp_path):
+    setting = Setting(seed, "id_only", TrainConfig(epochs=3, batch_size=32, checkpoint_every=2))
+    training = setting.training(tmp_path)
+    step = training.step
+
+    def poisoned(batch):
+        if training.state.step == 5:
+            torch.nn.init.constant_(training.model.ranker.users.weight, torch.nan)
+        step(batch)
+
+    training.step = poisoned
+    with pytest.raises(loop.TrainingError, match=r"the loss was not finite at step 5 .*last\.safetensors is from an earlier"):
+        training.run()
+    _, state = checkpoint.read(tmp_path / loop.LAST)
+    assert 4 <= state["step"] <= 5  # the last multiple of 2, or the end of the first epoch
+
+
+def test_another_configuration_is_refused(seed, tmp_path):
+    setting = Setting(seed, "id_only")
+    setting.training(tmp_path).run()
+    (tmp_path / loop.RESULT).unlink()
+    training = setting.training(tmp_path)
+    training.about = {"arm": "another"}
+    with pytest.raises(checkpoint.CheckpointError, match=r"last\.safetensors: is of another configuration"):
+        training.run()
+
+
+def test_validation_rows_of_one_class(seed, tmp_path):
+    setting = Setting(seed, "id_only")
+    setting.batches.data.rows.label[setting.batches.data.of_split("valid")] = 1
+    with pytest.raises(loop.TrainingError, match="the validation rows hold one class only"):
+        setting.training(tmp_path).run()
+
+
+def test_learning_rate():
+    config = TrainConfig(lr=2.0, warmup_steps=10)
+    rates = [loop.learning_rate(step, 100, config) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2)
+    assert max(rates) == pytest.approx(2 * 0.91)
+    assert rates[50] == pytest.approx(1.0)
+    assert rates[99] == pytest.approx(0.04)
+    assert all(rate > 0 for rate in rates)
+
+
+def test_the_result_is_json(seed, tmp_path):
+    setting = Setting(seed, "id_only")
+    assert setting.training(tmp_path).run() == json.loads((tmp_path / loop.RESULT).read_text())
