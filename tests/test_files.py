@@ -25,7 +25,7 @@ def test_new_content_in_new_folders(tmp_path: Path) -> None:
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    with pytest.raises(KeyboardInterrupt), atomic(str(path)) as file:
+    with pytest.raises(KeyboardInterrupt), atomic(str(path)) as file:  # noqa: PT012
         file.write(b"new")
         file.flush()
         raise KeyboardInterrupt

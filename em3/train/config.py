@@ -114,8 +114,10 @@ def load(files: Sequence[str | os.PathLike[str]] = (), words: Sequence[str] = ()
             merged = OmegaConf.merge(merged, given)
         except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"{name}: {_said(error)}") from None
-        except OSError as error:  # of the file system, or omegaconf's word for a file that is a number
-            raise ConfigError(f"{name}: {error}, must be keys and values") if error.errno is None else error
+        except OSError as error:
+            if error.errno is not None:  # of the file system
+                raise
+            raise ConfigError(f"{name}: {error}, must be keys and values") from None  # a file that is just a number
     if OmegaConf.is_missing(merged, "data"):
         raise ConfigError("data: was not given, must be the folder of a catalogue (--data FOLDER)")
     try:
@@ -152,7 +154,7 @@ def _known(given: Any, kind: Any, prefix: str, source: str) -> None:
             near = difflib.get_close_matches(f"{prefix}{key}", everything, 1, 0.5)
             near = near or [name for name in everything if name.rsplit(".", 1)[-1] == key]
             hint = f"; did you mean {near[0]!r}?" if near else f" (the keys are {', '.join(kinds)})"
-            raise ConfigError(f"{source}: no key {f"{prefix}{key}"!r}{hint}")
+            raise ConfigError(f"{source}: no key '{prefix}{key}'{hint}")
         inner: Any = kinds[key].default_factory
         if dataclasses.is_dataclass(inner):
             _known(value, inner, f"{prefix}{key}.", source)

@@ -97,5 +97,5 @@ def test_others_files(saved, tmp_path):
 def test_another_configuration(saved):
     with pytest.raises(checkpoint.CheckpointError, match=r"0\.weight is \[3, 4\] in the file and \[3, 5\] in this model"):
         checkpoint.load(saved[0], model(5))
-    with pytest.raises(checkpoint.CheckpointError, match="flags is .* in the file and absent in this model"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"flags is .* in the file and absent in this model"):
         checkpoint.load(saved[0], torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3)))

@@ -34,11 +34,11 @@ def test_later_ones_win(tmp_path):
         (["data=x", "arms=[em3,two_stge]"], "did you mean 'two_stage'"),
         (["data=x", "arms=[]"], "arms: was [], must hold at least one entry"),
         (["data=x", "seeds=[1,1]"], "seeds: was [1, 1], must hold at least one entry, each once"),
-        (["data=x", "train.epochs=many"], "train.epochs=many: Value 'many'"),
+        (["data=x", "train.epochs=many"], "train.epochs=many: train.epochs: Value 'many'"),
         (["data=x", "train.epochs=0"], "train.epochs: was 0, must be at least 1"),
         (["data=x", "model.rank=-1"], "model.rank: was -1, must be at least 0"),
         (["data=x", "train"], "train: must be key=value"),
-        (["data=x", "train=3"], "train. was int, must be keys and values"),
+        (["data=x", "train=3"], "train=3: train was int, must be keys and values"),
         (["data=x", "encoder.train=all"], "encoder.train: was 'all', must be one of frozen, lora, last_n"),
     ],
 )
