@@ -198,7 +198,7 @@ def test_version(capsys):
     ("argv", "message"),
     [
         (["evn"], "did you mean 'env'?"),
-        (["quux"], "no command 'quux' (there is env"),
+        (["quux"], f"no command 'quux' (there is {', '.join(cli.COMMANDS)}"),
         ([], "command"),
         (["env", "--jsno"], "--jsno"),
     ],

@@ -34,9 +34,10 @@ def supports(u: list[Tensor], c: Tensor | None, values: list[Tensor], offsets: l
 
 def wins(u: list[Tensor], c: Tensor | None, values: list[Tensor], offsets: list[Tensor | None],
          masks: list[Tensor | None], batch: int) -> bool:  # fmt: skip
-    # Also for a single item. Forward and backward at B=1, C=D=512, H=8, AVX2, tokens frozen / with gradient, CPU time of
-    # both threads in ms, this against the torch backend: N=1024, Q=4: 7.5 / 8.0 against 8.4 / 9.0; Q=16: 14.7 / 18.8
-    # against 14.4 / 19.0; N=8192, Q=4: 23 / 31 against 42 / 53; Q=16: 75 / 107 against 97 / 125.
+    # Also for a single item, whose tokens are shared out in parts. Forward and backward at B=1, C=D=512, H=8, AVX2 on two
+    # threads, tokens frozen / with gradient, ms, this against the torch backend: N=1024, Q=4: 4.1 / 4.7 against 4.4 /
+    # 5.0; Q=16: 8.3 / 10.0 against 7.9 / 9.8; N=8192, Q=4: 13 / 17 against 23 / 29; Q=16: 39 / 54 against 50 / 64. In one
+    # piece, on one thread: 5.1 / 5.6, 12 / 16, 22 / 29 and 71 / 101.
     return True
 
 
