@@ -25,7 +25,10 @@ def run(args: argparse.Namespace) -> int:
         if args.action == "make":
             from ..data.catalogue import make
 
-            make(args.folder, num_items=args.items, num_users=args.users, seed=args.seed, progress=True)
+            try:
+                make(args.folder, num_items=args.items, num_users=args.users, seed=args.seed, progress=True)
+            except ValueError as error:  # a number out of range, or a folder that holds something
+                raise SystemExit(f"em3: {error}") from error
             print(args.folder)
         else:
             _show(args)

@@ -57,7 +57,11 @@ def complaints() -> Iterator[None]:
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     try:
         yield
-    except ModuleNotFoundError as error:
+    except ImportError as error:
+        if isinstance(error.__cause__, ModuleNotFoundError):  # em3 says itself what needs the package
+            raise SystemExit(f"em3: {error}") from error
+        if not isinstance(error, ModuleNotFoundError):
+            raise
         raise SystemExit(f"em3: the package {error.name} is missing: pip install 'em3[train]' (or em3[hf])") from error
     except (ValueError, OSError, RuntimeError) as error:
         # Every message of em3's own errors says what was wrong and what it must be; a traceback adds nothing to these.

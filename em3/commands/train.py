@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -35,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
                 raise configs.ConfigError("--resume: goes on with the run's own configuration, so it takes no settings")
             config, folder = configs.load([args.resume / CONFIG]), args.resume
         else:
-            words = [f"{key}={value}" for key, value in (("data", args.data), ("posters", args.posters)) if value]
+            # In quotes (JSON's are YAML's): a folder called 2024 or "a #1" must stay what it is.
+            words = [f"{key}={json.dumps(str(value))}" for key, value in (("data", args.data), ("posters", args.posters)) if value]
             config = configs.load(args.config, [*words, *args.settings])
             folder = args.out or OUT / f"{Path(config.data).resolve().name}-{config.model.ranker}"
             if (folder / CONFIG).exists():

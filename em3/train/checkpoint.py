@@ -26,7 +26,7 @@ def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, 
     Args:
         model: its parameters and buffers are kept.
         optimizer: its tensors are kept too, and torch's random state; None for a checkpoint that is only read.
-        state: what JSON can hold; travels in the file's metadata together with a checksum of the tensors.
+        state: what JSON can hold; travels in the file's metadata together with a checksum of all of it.
     """
     from safetensors.torch import save as serialise
 
@@ -34,7 +34,8 @@ def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, 
     if optimizer is not None:
         tensors |= {f"optimizer.{name}": t for name, t in _optimizer_tensors(optimizer).items()}
         tensors["random"] = torch.get_rng_state()
-    about = {"format": FORMAT, "version": VERSION, "state": state, "sha256": _digest(tensors)}
+    about = {"format": FORMAT, "version": VERSION, "state": state}
+    about["sha256"] = _digest(tensors, about)
     with atomic(path) as file:
         # One entry of metadata: safetensors writes several in an order that differs from process to process.
         file.write(serialise(tensors, {"em3": json.dumps(about)}))
@@ -72,22 +73,22 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
 
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
+            about = json.loads((file.metadata() or {}).get("em3", "{}"))
             tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:  # ValueError: metadata that are no JSON
         raise CheckpointError(f"{path}: is not a whole safetensors file ({error})") from None
-    about = json.loads(metadata.get("em3", "{}"))
     if about.get("format") != FORMAT:
         raise CheckpointError(f"{path}: is not a checkpoint of em3")
-    if about["version"] > VERSION:
+    if about.get("version", 0) > VERSION:
         raise CheckpointError(f"{path}: has format version {about['version']}, this em3 reads up to {VERSION}")
-    if about["sha256"] != _digest(tensors):
+    if about.pop("sha256", None) != _digest(tensors, about):
         raise CheckpointError(f"{path}: is damaged, its checksum does not fit")
     return tensors, about["state"]
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _digest(tensors: dict[str, Tensor], about: dict[str, Any]) -> str:
+    """Of the tensors and of what is said about them: a step that is off by a bit would train on from there."""
+    digest = hashlib.sha256(json.dumps(about).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())

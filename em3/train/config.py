@@ -18,6 +18,14 @@ CHOICES = {
     "model.contrast_gradient": ("both", "content", "id"),
     "encoder.train": ("frozen", "lora", "last_n"),
 }
+# Numbers, and the least that they may be.
+LEAST = {
+    "history_length": 1, "seeds": 0, "encoder.last_n": 1, "encoder.rank": 1, "encoder.epochs": 0,
+    "model.id_dim": 1, "model.hidden": 1, "model.content_dim": 1, "model.num_queries": 1, "model.dim": 1,
+    "model.num_layers": 1, "model.num_heads": 1, "model.rank": 0, "model.contrast_weight": 0, "train.epochs": 1,
+    "train.batch_size": 1, "train.lr": 0, "train.warmup_steps": 0, "train.weight_decay": 0, "train.refresh_every": 1,
+    "train.checkpoint_every": 1, "train.log_every": 1,
+}  # fmt: skip
 
 
 class ConfigError(ValueError):
@@ -168,20 +176,34 @@ def _keys(kind: Any, prefix: str) -> list[str]:
     return names
 
 
+def _value(config: Config, key: str) -> Any:
+    return functools.reduce(getattr, key.split("."), config)
+
+
 def _check(config: Config) -> None:
     for key, allowed in CHOICES.items():
-        value: Any = functools.reduce(getattr, key.split("."), config)
+        value = _value(config, key)
         for word in value if isinstance(value, list) else [value]:
             if word not in allowed:
                 near = difflib.get_close_matches(word, allowed, 1, 0.4)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise ConfigError(f"{key}: was {word!r}, must be one of {', '.join(allowed)}{hint}")
-    for key, least in {"history_length": 1, "train.epochs": 1, "train.batch_size": 1, "train.refresh_every": 1,
-                       "train.checkpoint_every": 1, "train.log_every": 1, "model.rank": 0}.items():  # fmt: skip
-        section, _, name = key.rpartition(".")
-        value = getattr(getattr(config, section) if section else config, name)
-        if value < least:
-            raise ConfigError(f"{key}: was {value}, must be at least {least}")
+    for key, least in LEAST.items():
+        value = _value(config, key)
+        for number in value if isinstance(value, list) else [value]:
+            if not number >= least:  # nor NaN
+                raise ConfigError(f"{key}: was {value}, must be at least {least}")
+    for key in ("model.dropout", "model.id_dropout", "model.content_id_dropout"):
+        if not 0 <= _value(config, key) <= 1:
+            raise ConfigError(f"{key}: was {_value(config, key)}, must be a share from 0 to 1")
+    for key in ("model.dim", "model.content_dim"):
+        if _value(config, key) % config.model.num_heads:
+            raise ConfigError(f"{key}: was {_value(config, key)}, must be a multiple of model.num_heads {config.model.num_heads}")
+    if not config.model.hidden:
+        raise ConfigError("model.hidden: was [], must hold the width of at least one layer")
+    if config.tokens is not None and config.encoder.train != "frozen":
+        raise ConfigError(f"tokens: was {config.tokens}, must be left out with encoder.train={config.encoder.train}: "
+                          "the tokens of a store are not trained")  # fmt: skip
     for key in ("arms", "seeds"):
         value = getattr(config, key)
         if not value or len(set(value)) < len(value):

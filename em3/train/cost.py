@@ -14,6 +14,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..jagged import Jagged
+
 if TYPE_CHECKING:
     from .loop import Training
     from .run import Run
@@ -53,7 +55,8 @@ def parts(training: Training, run: Run) -> dict[str, float]:
     model: Any = getattr(training.model, "model", training.model)
     read: Any = training.read
     batch = next(training.batches.epoch(training.rows["train"], run.config.train.batch_size, 0, 0))
-    streams = read(batch.distinct)
+    # Each part alone: gradients end at the tokens, also where encoders that are trained made them.
+    streams = [Jagged(stream.values().detach(), stream.offsets()) for stream in read(batch.distinct)]
     content = model.content(streams).detach().requires_grad_()
     target = content.detach().index_select(0, batch.inverse).requires_grad_()
     extra = model.compare(target, batch.history).detach().requires_grad_()

@@ -62,9 +62,10 @@ def embed(folder: Path, items_folder: Path, out: Path, arm: str, seed: int | Non
             raise ConfigError(f"{folder}: holds no encoders, for its tokens came from elsewhere (tokens: {config.tokens})")
         encoders = {kind: load_encoder(folder / ENCODERS / kind) for kind in kinds}
     tokens = encode_catalogue(items, encoders.get("image"), encoders.get("text"))
-    parts = [model.content([_rows(*tokens[kind], start, CHUNK) for kind in STREAMS if kind in tokens])
-             for start in range(0, len(items.ids), CHUNK)]  # fmt: skip
-    found = torch.cat(parts).detach().numpy() if parts else np.zeros((0, config.model.content_dim), np.float32)
+    with torch.no_grad():
+        parts = [model.content([_rows(*tokens[kind], start, CHUNK) for kind in STREAMS if kind in tokens])
+                 for start in range(0, len(items.ids), CHUNK)]  # fmt: skip
+    found = torch.cat(parts).numpy() if parts else np.zeros((0, config.model.content_dim), np.float32)
     _write(out, items.ids, found)
     return found.shape
 

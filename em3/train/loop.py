@@ -93,7 +93,11 @@ class Training:
         self.model.eval()
         parts = [self.model(self.batches.of(rows[i : i + chunk]))[0] for i in range(0, len(rows), chunk)]
         self.model.train()
-        return torch.cat([torch.empty(0), *parts]).double().sigmoid().numpy()
+        found = torch.cat([torch.empty(0), *parts]).double().sigmoid()
+        if found.isnan().any():  # the last step before a validation may have broken the weights
+            where = f"{self.folder}: the scores were not finite at step {self.state.step}"
+            raise TrainingError(f"{where}; lower train.lr or look at the data")
+        return found.numpy()
 
     def _epoch(self, epoch: int, skip: int) -> None:
         for batch in self.batches.epoch(self.rows["train"], self.config.batch_size, self.seed, epoch, skip):

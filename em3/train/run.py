@@ -60,9 +60,9 @@ class Run:
         self.config, self.folder, self.progress = config, folder, progress
         self.warnings = Warnings()
         logging.getLogger("em3").addHandler(self.warnings)
-        _claim(folder, config)
         self.data: RankingData = open_data(config.data, config.posters)
         self.batches = Batches(self.data, config.history_length)
+        _claim(folder, config)  # not before: a folder would stay that of a misspelt --data
         self.store = self._tokens()
         self._features: torch.Tensor | None = None
 
