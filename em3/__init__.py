@@ -7,6 +7,11 @@ token stream, ``R`` LoRA rank, ``G`` adapters, ``V`` width of the contrastive sp
 
 from typing import Any
 
+try:
+    import torch as _torch  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ImportError("em3 needs torch, 2.10 or newer, which is not installed: pip install torch") from error
+
 from . import ops
 from ._version import __version__
 from .jagged import Jagged

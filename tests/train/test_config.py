@@ -39,6 +39,14 @@ def test_later_ones_win(tmp_path):
         (["data=x", "model.rank=-1"], "model.rank: was -1, must be at least 0"),
         (["data=x", "train"], "train: must be key=value"),
         (["data=x", "train=3"], "train=3: train was int, must be keys and values"),
+        (["data=x", "model.num_heads=3"], "model.dim: was 64, must be a multiple of model.num_heads 3"),
+        (["data=x", "model.hidden=[]"], "model.hidden: was [], must hold the width of at least one layer"),
+        (["data=x", "model.hidden=[8,0]"], "model.hidden: was [8, 0], must be at least 1"),
+        (["data=x", "train.lr=nan"], "train.lr: was nan, must be at least 0"),
+        (["data=x", "model.dropout=1.5"], "model.dropout: was 1.5, must be a share from 0 to 1"),
+        (["data=x", "seeds=[-1]"], "seeds: was [-1], must be at least 0"),
+        (["data=x", "tokens=t", "encoder.train=lora"], "tokens: was t, must be left out with encoder.train=lora"),
+        (["data=${oops}"], "data: Interpolation key 'oops' not found"),
         (["data=x", "encoder.train=all"], "encoder.train: was 'all', must be one of frozen, lora, last_n"),
     ],
 )
@@ -47,9 +55,25 @@ def test_complaints(words, message):
         load((), words)
 
 
-@pytest.mark.parametrize("text", ["model: [1, 2", "- 1\n- 2\n", "model: {rank: {}}\n", "just words"])
+@pytest.mark.parametrize("text", ["model: [1, 2", "- 1\n- 2\n", "model: {rank: {}}\n", "just words", "3", "data: a\ndata: b"])
 def test_files_that_are_no_configuration(tmp_path, text):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=re.escape(str(path))):
+        load([path], ["data=x"])
+
+
+def test_a_file_that_is_no_text(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=re.escape(str(path))):
+        load([path], ["data=x"])
+    with pytest.raises(FileNotFoundError):
+        load([tmp_path / "none.yaml"], ["data=x"])
+
+
+def test_a_wrong_type_in_a_file_names_the_key(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("train:\n  lr: fast\n")
+    with pytest.raises(ConfigError, match=re.escape(f"{path}: train.lr: Value 'fast'")):
         load([path], ["data=x"])

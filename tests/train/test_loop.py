@@ -155,3 +155,23 @@ def test_learning_rate():
 def test_the_result_is_json(seed, tmp_path):
     setting = Setting(seed, "id_only")
     assert setting.training(tmp_path).run() == json.loads((tmp_path / loop.RESULT).read_text())
+
+
+def test_weights_broken_by_the_last_step_before_a_validation(seed, tmp_path):
+    setting = Setting(seed, "id_only")
+    training = setting.training(tmp_path)
+    step = training.step
+
+    def breaking(batch):
+        step(batch)
+        if training.state.step == training.per_epoch:
+            torch.nn.init.constant_(training.model.ranker.users.weight, torch.nan)
+
+    training.step = breaking
+    with pytest.raises(loop.TrainingError, match=rf"the scores were not finite at step {training.per_epoch}; lower train\.lr"):
+        training.run()
+    assert not (tmp_path / loop.BEST).exists()
+    if (tmp_path / loop.LAST).exists():
+        tensors, state = checkpoint.read(tmp_path / loop.LAST)
+        assert state["step"] < training.per_epoch
+        assert not any(t.isnan().any() for t in tensors.values())
