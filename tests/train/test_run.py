@@ -143,6 +143,27 @@ def test_the_model_of_the_best_epoch_scores_as_it_did(executed: tuple[Run, Path]
     assert training.evaluate("valid") == result["valid"]
 
 
+def test_neighbours_and_alignment_are_those_of_the_trained_model(executed: tuple[Run, Path]) -> None:
+    run, folder = executed
+    tensors, _ = checkpoint.read(folder / "em3" / "seed3" / loop.BEST)
+    bank = tensors["model.bank"] - tensors["model.bank"].mean(0)
+    summary = RunSummary.from_dict(json.loads((folder / "summary.json").read_text()))
+    pictured = [i for i, path in enumerate(run.data.items.pictures) if path is not None]
+    assert len(summary.neighbours) == 8
+    queries = [pictured[k * len(pictured) // 8] for k in range(8)]
+    for query, shown in zip(queries, summary.neighbours, strict=True):
+        assert shown.query.picture == str(run.data.items.pictures[query].resolve())
+        similarity = torch.cosine_similarity(bank, bank[query][None])
+        others = sorted((float(s) for i, s in enumerate(similarity) if i != query), reverse=True)[:5]
+        assert [card.similarity for card in shown.nearest] == pytest.approx(others, abs=1e-5)
+    content = tensors["model.bank"] @ tensors["model.to_id.weight"].T + tensors["model.to_id.bias"]
+    ids = run.batches.item_ids()
+    cosine = torch.cosine_similarity(content, tensors["model.ranker.items.weight"][ids])[ids > 0].mean()
+    before, after = summary.alignment.numbers["mean cosine of an item's content and ID"]
+    assert after == pytest.approx(float(cosine), abs=1e-5)
+    assert before != after
+
+
 def test_the_bank_is_what_embed_writes(executed: tuple[Run, Path], catalogue: Path, tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
