@@ -50,8 +50,9 @@ class _Pretrained(Encoder):
 
     def __init__(self, model: nn.Module, prepare: Any) -> None:
         super().__init__()
-        self.config: Any = model.config  # of the whole: the part is taken again after it is loaded
-        if getattr(self.config, "is_encoder_decoder", False):
+        self.model_config: Any = model.config  # of the whole: the part is taken again after it is loaded. Not `config`:
+        # by that name PEFT would take the encoder for a model of transformers
+        if getattr(self.model_config, "is_encoder_decoder", False):
             self.model: Any = model.get_encoder()  # type: ignore[operator]
         else:
             self.model = getattr(model, PARTS[self.kind], model)
@@ -63,7 +64,7 @@ class _Pretrained(Encoder):
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """As every encoder does, with the model's configuration in ``model/`` and that of its input in ``input/``."""
-        self.config.save_pretrained(Path(folder) / MODEL)
+        self.model_config.save_pretrained(Path(folder) / MODEL)
         self.prepared_by.save_pretrained(Path(folder) / INPUT)
         super().save(folder)
 
