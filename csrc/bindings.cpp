@@ -1,16 +1,11 @@
-// The Python module em3._C. Functions take tensors and read them through their Python attributes (tensor.h): no torch
-// header is included, so one build works with every torch release.
+// The Python module em3._C: what it is built with and what this processor has; the operations are in bindings/.
 #include <pybind11/pybind11.h>
 
-#include <cstdint>
-#include <stdexcept>
 #include <string>
-#include <vector>
 
+#include "bindings/bindings.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
-#include "cpu/qformer_attention.h"
-#include "tensor.h"
 
 #ifdef EM3_WITH_CUDA
 #include "cuda/probe.h"
@@ -71,155 +66,6 @@ py::dict cpu_features() {
     return result;
 }
 
-// ---- qformer_attention: lists hold one entry a stream, None where there is none ----
-
-py::list one_each(const py::list& given, std::size_t count, const std::string& name) {
-    if (given.size() == count) return given;
-    throw std::invalid_argument("qformer_attention: " + name + ": held " + std::to_string(given.size()) +
-                                " entries, must hold one for each of the " + std::to_string(count) + " streams");
-}
-
-em3::Tensor tensor(const py::handle& given, const std::string& name) { return {given, "qformer_attention: " + name}; }
-
-em3::Tensor tensor(const py::handle& given, const std::string& name, std::size_t m) {
-    return tensor(given, name + "[" + std::to_string(m) + "]");
-}
-
-// One contiguous float tensor a stream, all of them [outer..., C_m].
-struct PerStream {
-    py::list given;
-    std::string name;
-    em3::Sizes outer;
-
-    float* operator()(std::size_t m, std::int64_t C) const {
-        em3::Sizes shape = outer;
-        shape.push_back(C);
-        return tensor(given[m], name, m).block<float>(shape);
-    }
-};
-
-// [M, H, items, Q] in one block, or null for None: the part of stream m.
-struct Stacked {
-    float* first = nullptr;
-    std::int64_t step = 0;
-
-    Stacked(const py::object& given, const std::string& name, const em3::Sizes& shape) {
-        if (given.is_none()) return;
-        first = tensor(given, name).block<float>(shape);
-        step = shape[1] * shape[2] * shape[3];
-    }
-    float* operator[](std::size_t m) const {
-        return first == nullptr ? nullptr : first + static_cast<std::int64_t>(m) * step;
-    }
-};
-
-// What forward and backward have in common: the sizes, which lse and u fix, and the tokens.
-struct QformerCall {
-    em3::Shape shape;
-    std::int64_t M, Bu;
-    float* lse;
-    std::vector<em3::TokenStream> tokens;
-
-    QformerCall(const py::list& u, const py::list& values, const py::list& offsets, const py::list& masks,
-                const py::object& lse_given) {
-        const em3::Tensor lse_tensor = tensor(lse_given, "lse");
-        lse_tensor.require_shape({-1, -1, -1});
-        const em3::Sizes sizes = lse_tensor.shape();  // [H, B, Q]
-        lse = lse_tensor.block<float>(sizes);
-        M = static_cast<std::int64_t>(values.size());
-        one_each(u, values.size(), "u");
-        one_each(offsets, values.size(), "offsets");
-        one_each(masks, values.size(), "masks");
-        if (M == 0) throw std::invalid_argument("qformer_attention: values: was empty, must hold at least one stream");
-        const em3::Tensor first = tensor(u[0], "u", 0);
-        first.require_shape({sizes[0], -1, sizes[2], -1});
-        const bool shared = first.shape()[1] == 1 && sizes[1] != 1;
-        shape = {sizes[1], sizes[0], sizes[2], shared};
-        Bu = shared ? 1 : shape.B;
-        for (std::size_t m = 0; m < values.size(); ++m) tokens.push_back(stream(m, values[m], offsets[m], masks[m]));
-    }
-
-    em3::Sizes by_item() const { return {shape.H, shape.B, shape.Q}; }
-    em3::Sizes by_query() const { return {shape.H, Bu, shape.Q}; }
-    em3::Sizes stacked(const em3::Sizes& of_one) const { return {M, of_one[0], of_one[1], of_one[2]}; }
-
- private:
-    em3::TokenStream stream(std::size_t m, const py::handle& values, const py::handle& offsets,
-                            const py::handle& mask) const {
-        const em3::Tensor x = tensor(values, "values", m);
-        const bool padded = offsets.is_none();
-        x.require_shape(padded ? em3::Sizes{shape.B, -1, -1} : em3::Sizes{-1, -1});
-        const em3::Sizes& sizes = x.shape();
-        em3::TokenStream s{};
-        s.x = x.rows<const float>(sizes);
-        s.item_stride = padded ? x.stride(0) : 0;
-        s.token_stride = x.stride(sizes.size() - 2);
-        s.n = sizes[sizes.size() - 2];
-        s.C = sizes.back();
-        if (!padded) s.offsets = tensor(offsets, "offsets", m).block<const std::int64_t>({shape.B + 1});
-        if (mask.is_none()) return s;
-        const em3::Sizes places(sizes.begin(), sizes.end() - 1);
-        s.mask = tensor(mask, "masks", m).block<const std::uint8_t>(places);
-        s.mask_item_stride = padded ? s.n : 0;
-        return s;
-    }
-};
-
-constexpr const char* kQformerForward = R"(The forward of em3::qformer_attention, on float32 CPU tensors.
-
-u: [H, Bu, Q, C_m] each, Bu = 1 where all B items share them. c: [M, H, Bu, Q] or None. values: [B, n, C_m] each, or
-[T, C_m] with offsets [B + 1] int64. masks: [B, n] or [T] bool each, or None. Writes y [H, B, Q, C_m] each,
-mass [M, H, B, Q] and lse [H, B, Q]. Everything is contiguous but values, which only have their rows in one piece.
-isa: "" for the widest instruction set of this processor.)";
-
-void qformer_forward(const py::list& u, const py::object& c, const py::list& values, const py::list& offsets,
-                     const py::list& masks, const py::list& y, const py::object& mass, const py::object& lse,
-                     int threads, const std::string& isa) {
-    const em3::Isa path = em3::resolve_isa(isa);
-    const QformerCall call(u, values, offsets, masks, lse);
-    const PerStream queries{u, "u", call.by_query()}, read{one_each(y, values.size(), "y"), "y", call.by_item()};
-    const Stacked bias(c, "c", call.stacked(call.by_query())), masses(mass, "mass", call.stacked(call.by_item()));
-    std::vector<em3::ForwardStream> streams;
-    for (std::size_t m = 0; m < values.size(); ++m) {
-        const std::int64_t C = call.tokens[m].C;
-        streams.push_back({call.tokens[m], queries(m, C), bias[m], read(m, C), masses[m]});
-    }
-    py::gil_scoped_release release;
-    em3::qformer_attention_forward(call.shape, streams, call.lse, threads, path);
-}
-
-constexpr const char* kQformerBackward = R"(The backward of em3::qformer_attention, on float32 CPU tensors.
-
-dy as y, dmass as mass or None, and what the forward read and wrote. Writes du as u, dc as c and dx as values, but
-contiguous. du and dc are wanted or None together; dx holds None for each stream whose gradient is not wanted.)";
-
-void qformer_backward(const py::list& dy, const py::object& dmass, const py::list& u, const py::object& c,
-                      const py::list& values, const py::list& offsets, const py::list& masks, const py::list& y,
-                      const py::object& mass, const py::object& lse, const py::object& du, const py::object& dc,
-                      const py::list& dx, int threads, const std::string& isa) {
-    const em3::Isa path = em3::resolve_isa(isa);
-    const QformerCall call(u, values, offsets, masks, lse);
-    const std::size_t count = values.size();
-    const em3::Sizes by_item = call.by_item(), by_query = call.by_query();
-    const PerStream queries{u, "u", by_query}, read{one_each(y, count, "y"), "y", by_item};
-    const PerStream to_read{one_each(dy, count, "dy"), "dy", by_item};
-    const bool need_u = !du.is_none();
-    const PerStream to_u{need_u ? one_each(du.cast<py::list>(), count, "du") : py::list(), "du", by_query};
-    const Stacked bias(c, "c", call.stacked(by_query)), masses(mass, "mass", call.stacked(by_item));
-    const Stacked to_mass(dmass, "dmass", call.stacked(by_item)), to_bias(dc, "dc", call.stacked(by_query));
-    one_each(dx, count, "dx");
-    std::vector<em3::BackwardStream> streams;
-    for (std::size_t m = 0; m < count; ++m) {
-        const std::int64_t C = call.tokens[m].C;
-        const em3::Sizes shape = em3::Tensor(values[m], "values").shape();
-        float* const to_x = dx[m].is_none() ? nullptr : tensor(dx[m], "dx", m).block<float>(shape);
-        streams.push_back({call.tokens[m], queries(m, C), bias[m], read(m, C), masses[m], to_read(m, C), to_mass[m],
-                           need_u ? to_u(m, C) : nullptr, to_bias[m], to_x});
-    }
-    py::gil_scoped_release release;
-    em3::qformer_attention_backward(call.shape, streams, call.lse, threads, path);
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -238,11 +84,7 @@ PYBIND11_MODULE(_C, m) {
           "{'isa': {name: None if usable, else the reason why not}, 'default': name, 'threads': thread runtime}");
     m.def("set_thread_runtime", &em3::set_thread_runtime, py::arg("name"),
           "'auto': the OpenMP pool that is already loaded (PyTorch's), else threads of our own; 'std': always our own.");
-    m.def("qformer_attention_forward", &qformer_forward, py::arg("u"), py::arg("c"), py::arg("values"),
-          py::arg("offsets"), py::arg("masks"), py::arg("y"), py::arg("mass"), py::arg("lse"), py::arg("threads"),
-          py::arg("isa") = "", kQformerForward);
-    m.def("qformer_attention_backward", &qformer_backward, py::arg("dy"), py::arg("dmass"), py::arg("u"), py::arg("c"),
-          py::arg("values"), py::arg("offsets"), py::arg("masks"), py::arg("y"), py::arg("mass"), py::arg("lse"),
-          py::arg("du"), py::arg("dc"), py::arg("dx"), py::arg("threads"), py::arg("isa") = "", kQformerBackward);
+    em3::bind_qformer_attention(m);
+    em3::bind_lora_target_attention(m);
     em3::watch_forks();
 }

@@ -24,6 +24,11 @@ def backends(op: str) -> list[Any]:
     return params
 
 
+def skip_unless_served(backend: str, dtype: torch.dtype) -> None:
+    if backend == "cpp" and dtype != torch.float32:
+        pytest.skip("the compiled CPU kernels are float32")
+
+
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
     """Every ``torch.empty`` comes filled with NaN (the largest number for integers), so an unwritten element shows."""

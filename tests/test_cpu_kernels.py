@@ -14,8 +14,10 @@ import torch
 import em3
 from em3 import reference
 from em3.backends import cpp
+from em3.backends.cpp import _parts
 from em3.backends.cpp import qformer_attention as kernel
 from tests import oracle
+from tests.ops import test_lora_target_attention as target
 from tests.ops.test_qformer_attention import as_streams, make, op
 
 pytestmark = pytest.mark.skipif(cpp.unavailable() is not None, reason=f"em3._C: {cpp.unavailable()}")
@@ -50,6 +52,17 @@ def test_every_instruction_set(isa, per_item, monkeypatch):
     for heads, q in ((3, 5), (9, 8), (4, 75)):  # 15, 72 and 300 rows of scores: blocks of them hold 32 or 64
         made = make(7, q, heads, 7, [37, 16], LENGTHS, masked=True, per_item=per_item)
         oracle.check(op("absorb", "cpp"), plain, made, torch.float32)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set_reads_the_bank(isa, monkeypatch):
+    reason = cpp.compiled().cpu_features()["isa"].get(isa, "not compiled on this platform")
+    if reason is not None:
+        pytest.skip(f"{isa}: {reason}")
+    monkeypatch.setattr(cpp, "isa", isa)
+    for heads, m, c in ((4, None, 64), (3, 5, 37), (4, 75, 16)):
+        made = target.make(7, heads, 8, c, 50, LENGTHS[0], m=m, holes=True)
+        oracle.check(target.op("absorb", "cpp"), target.plain, made, torch.float32)
 
 
 @pytest.mark.parametrize(("isa", "reason"), [
@@ -106,6 +119,26 @@ def direct_backward():
     )  # fmt: skip
 
 
+def direct_target():
+    """The arguments of a direct call of the bank's forward: 2 heads, 3 users of 2 targets, 10 places, 5 rows of 8."""
+    f = torch.randn
+    history = torch.tensor([0, 4, -1, 2, 2, 1, 3, 0, 4, 9])  # 9 is outside: missing
+    return dict(u=f(2, 3, 2, 8), history=history, offsets=torch.tensor([0, 4, 4, 10]), bank=f(5, 8), y=f(2, 3, 2, 8),
+                lse=f(2, 3, 2), threads=1)  # fmt: skip
+
+
+def direct_target_backward():
+    like = direct_target()
+    like["lse"].fill_(9.0)
+    return like | dict(dy=torch.randn(2, 3, 2, 8), du=torch.empty(2, 3, 2, 8), dx=torch.empty(10, 8))
+
+
+DIRECT = {
+    "qformer_attention_forward": direct, "qformer_attention_backward": direct_backward,
+    "lora_target_attention_forward": direct_target, "lora_target_attention_backward": direct_target_backward,
+}  # fmt: skip
+
+
 def places(given):
     """Every tensor among the arguments: (its name, the list or dict it is in, its key there)."""
     for name, value in given.items():
@@ -123,33 +156,36 @@ def spoil(tensor, how):
 
 
 @pytest.mark.parametrize("how", ["dtype", "device", "rank", "size", "layout"])
-@pytest.mark.parametrize("way", ["forward", "backward"])
-def test_the_compiled_code_takes_nothing_on_trust(way, how):
+@pytest.mark.parametrize("name", DIRECT)
+def test_the_compiled_code_takes_nothing_on_trust(name, how):
     """A wrong tensor in any place of a direct call is a ValueError that names it, never a wild read or write."""
-    make_call = direct if way == "forward" else direct_backward
-    function = getattr(cpp.compiled(), f"qformer_attention_{way}")
-    function(**make_call())
-    for i, _ in enumerate(places(make_call())):
-        given = make_call()
-        name, holder, key = list(places(given))[i]
-        # A longer jagged stream is a right one, but then its gradient is too short; lse says what the sizes are.
-        blamed = {"values[0]": "dx[0]"}.get(name, name) if how == "size" else name
-        if how == "size" and name == "values[0]" and way == "forward":
+    function, op_name = getattr(cpp.compiled(), name), name.rsplit("_", 1)[0]
+    function(**DIRECT[name]())
+    for i, _ in enumerate(places(DIRECT[name]())):
+        given = DIRECT[name]()
+        where, holder, key = list(places(given))[i]
+        # A longer jagged stream or history, or a larger bank, is a right one, but then its gradient is too short; lse and
+        # u say what the sizes are.
+        if (how == "size" and where == "bank") or ((how, where) in {("size", "values[0]"), ("size", "history")} and name.endswith("forward")):
             continue
+        blamed = {"values[0]": "dx[0]", "history": "dx"}.get(where, where) if how == "size" else where
         holder[key] = spoil(holder[key], how)
-        with pytest.raises(ValueError, match="qformer_attention: ") as error:
+        with pytest.raises(ValueError, match=f"{op_name}: ") as error:
             function(**given)
-        if name != "lse" and not (how == "size" and name == "u[0]"):
-            assert str(error.value).startswith(f"qformer_attention: {blamed}: was "), str(error.value)
+        if where not in ("lse", "u") and not (how == "size" and where == "u[0]"):
+            assert str(error.value).startswith(f"{op_name}: {blamed}: was "), str(error.value)
 
 
-@pytest.mark.parametrize("way", ["forward", "backward"])
+@pytest.mark.parametrize("name", DIRECT)
 @pytest.mark.parametrize("offsets", [[1, 4, 4, 10], [0, 4, 3, 10], [0, 4, 4, 11], [0, 4, 2**62, 10]])
-def test_the_compiled_code_refuses_wild_offsets(way, offsets):
-    given = direct() if way == "forward" else direct_backward()
-    given["offsets"][0] = torch.tensor(offsets)
-    with pytest.raises(ValueError, match="qformer_attention: offsets must"):
-        getattr(cpp.compiled(), f"qformer_attention_{way}")(**given)
+def test_the_compiled_code_refuses_wild_offsets(name, offsets):
+    given = DIRECT[name]()
+    if isinstance(given["offsets"], list):
+        given["offsets"][0] = torch.tensor(offsets)
+    else:
+        given["offsets"] = torch.tensor(offsets)
+    with pytest.raises(ValueError, match="offsets must"):
+        getattr(cpp.compiled(), name)(**given)
 
 
 def test_a_list_of_another_length():
@@ -166,15 +202,34 @@ def test_every_thread_count(runtime, count, threads):
     oracle.same_bits_twice(op("absorb", "cpp"), oracle.convert(args(), torch.float32))
 
 
+def counted_parts(monkeypatch):
+    """Lets items be cut into parts of 4 tokens; returns the list of the numbers of parts that calls will choose."""
+    monkeypatch.setattr(_parts, "PART", 4)
+    cut, real = [], _parts.count
+    monkeypatch.setattr(_parts, "count", lambda *args: cut.append(real(*args)) or cut[-1])
+    return cut
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("m", [None, 5])
+def test_long_histories_are_cut_into_parts(batch, frozen, m, threads, monkeypatch):
+    threads(3)
+    cut = counted_parts(monkeypatch)
+    for lengths in (40, [3, 0, 50][:batch], [50, 9, 0][:batch]):
+        made = target.make(batch, 2, 8, 16, 20, lengths, m=m, holes=True, bank_grad=not frozen)
+        oracle.check(target.op("absorb", "cpp"), target.plain, made, torch.float32)
+        oracle.same_bits_twice(target.op("absorb", "cpp"), oracle.convert(made, torch.float32))
+    assert max(cut) == -(-6 // batch)
+
+
 @pytest.mark.parametrize("per_item", [False, True])
 @pytest.mark.parametrize("batch", [1, 2, 3])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_long_items_are_cut_into_parts(batch, per_item, frozen, threads, monkeypatch):
     """Fewer items than threads: each is cut, and the parts are joined to the same numbers."""
     threads(3)
-    monkeypatch.setattr(kernel, "PART", 4)
-    cut, real = [], kernel._parts
-    monkeypatch.setattr(kernel, "_parts", lambda *args: cut.append(real(*args)) or cut[-1])
+    cut = counted_parts(monkeypatch)
     for lengths in ([40, [3, 0, 50][:batch]], [[0, 0, 9][:batch], 1], [33]):
         made = make(batch, 5, 3, 7, [37, 16][: len(lengths)], lengths, masked=True, per_item=per_item)
         if frozen:

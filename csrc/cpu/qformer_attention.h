@@ -22,15 +22,18 @@ constexpr int kMaxStreams = 8;
 
 // Padded (offsets == nullptr): item b has n tokens, token t at x + b*item_stride + t*token_stride.
 // Jagged: x has n rows in all, item b owns rows offsets[b] .. offsets[b+1].
+// With a lookup those are places in it, and token t is row lookup[t] of x, which has x_rows rows; one outside is absent.
 struct TokenStream {
   const float* x;
-  std::int64_t item_stride;   // in elements; unused when jagged
+  std::int64_t item_stride;   // in elements; unused when jagged or looked up
   std::int64_t token_stride;  // in elements; the C floats of a token are adjacent
   std::int64_t n;
   std::int64_t C;
   const std::int64_t* offsets;   // [B+1], from 0, never falling, at most n; or null
   const std::uint8_t* mask;      // 1 = present: [B, n] with mask_item_stride, jagged [n]; null = all present
   std::int64_t mask_item_stride;
+  const std::int64_t* lookup;  // [B, n], jagged [n]; null = tokens in place. Not together with a mask
+  std::int64_t x_rows;
 };
 
 struct Shape {
@@ -57,7 +60,7 @@ struct BackwardStream {
   const float* dmass;  // [H, B, Q], null = 0
   float* du;           // [H, Bu, Q, C], null = not wanted
   float* dc;           // [H, Bu, Q], null = not wanted
-  float* dx;           // [B, n, C] or [n, C], contiguous, null = not wanted
+  float* dx;           // [B, n, C] or [n, C] (looked up: a row for each place), contiguous, null = not wanted
 };
 
 // Both throw std::invalid_argument for sizes they cannot serve and offsets that would lead outside x. `threads` is an upper bound. The same inputs and

@@ -312,23 +312,38 @@ struct Tokens {
   const float* x;
   int64_t stride, n, C;
   const uint8_t* mask;
+  const int64_t* lookup;
+  int64_t x_rows;
   int64_t present;
   int64_t first;  // row of token 0 in a contiguous x (where dx goes)
+
+  bool has(int64_t i) const {
+    if (lookup != nullptr) return lookup[i] >= 0 && lookup[i] < x_rows;
+    return mask == nullptr || mask[i] != 0;
+  }
+  bool all_present() const { return lookup == nullptr && mask == nullptr; }
+  const float* row(int64_t i) const { return x + (lookup != nullptr ? lookup[i] : i) * stride; }
 };
 
 static Tokens item_tokens(const TokenStream& s, int64_t b) {
-  Tokens t;
+  Tokens t{};
   const int64_t begin = s.offsets != nullptr ? s.offsets[b] : b * s.n;
   t.n = s.offsets != nullptr ? s.offsets[b + 1] - begin : s.n;
-  t.x = s.offsets != nullptr ? s.x + begin * s.token_stride : s.x + b * s.item_stride;
-  t.mask = s.mask == nullptr ? nullptr : s.offsets != nullptr ? s.mask + begin : s.mask + b * s.mask_item_stride;
   t.stride = s.token_stride;
   t.C = s.C;
   t.first = begin;
+  if (s.lookup != nullptr) {
+    t.x = s.x;
+    t.lookup = s.lookup + begin;
+    t.x_rows = s.x_rows;
+  } else {
+    t.x = s.offsets != nullptr ? s.x + begin * s.token_stride : s.x + b * s.item_stride;
+    t.mask = s.mask == nullptr ? nullptr : s.offsets != nullptr ? s.mask + begin : s.mask + b * s.mask_item_stride;
+  }
   t.present = t.n;
-  if (t.mask != nullptr) {
+  if (!t.all_present()) {
     t.present = 0;
-    for (int64_t i = 0; i < t.n; ++i) t.present += t.mask[i] != 0;
+    for (int64_t i = 0; i < t.n; ++i) t.present += t.has(i);
   }
   return t;
 }
@@ -352,8 +367,8 @@ EM3_INLINE int64_t tile_limit(int64_t C) {
 static int64_t next_tile(const Tokens& t, int64_t from, int64_t want, float* copy, Tile& tile) {
   int64_t n = 0;
   for (; from < t.n && n < want; ++from) {
-    if (t.mask != nullptr && t.mask[from] == 0) continue;
-    tile.rows[n] = t.x + from * t.stride;
+    if (!t.has(from)) continue;
+    tile.rows[n] = t.row(from);
     tile.index[n++] = from;
   }
   tile.n = n;
@@ -361,7 +376,7 @@ static int64_t next_tile(const Tokens& t, int64_t from, int64_t want, float* cop
   if (n == 0) return from;
   tile.x = tile.rows[0];
   tile.stride = t.stride;
-  const bool run = tile.index[n - 1] - tile.index[0] == n - 1;
+  const bool run = t.lookup == nullptr && tile.index[n - 1] - tile.index[0] == n - 1;
   if (run) {
     tile.ahead = {reinterpret_cast<uintptr_t>(tile.x) + static_cast<uintptr_t>(n * t.stride * 4), t.stride * 4, n};
   }
@@ -746,9 +761,9 @@ static void backward_item(const BackwardJob& job, BackwardState& st, int64_t b) 
   for (int m = 0; m < job.M; ++m) {
     const BackwardStream& s = job.streams[m];
     const Tokens& t = tokens[m];
-    if (s.dx != nullptr && t.mask != nullptr) {
+    if (s.dx != nullptr && !t.all_present()) {
       for (int64_t i = 0; i < t.n; ++i) {
-        if (t.mask[i] == 0) fill(s.dx + (t.first + i) * t.C, t.C, 0.0f);
+        if (!t.has(i)) fill(s.dx + (t.first + i) * t.C, t.C, 0.0f);
       }
     }
     if (!wanted(s)) continue;

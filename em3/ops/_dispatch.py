@@ -29,7 +29,7 @@ log = logging.getLogger("em3")
 BACKENDS: dict[str, tuple[str, ...]] = {
     "qformer_attention": ("cpp", "torch"),
     "lora_linear": ("torch",),
-    "lora_target_attention": ("torch",),
+    "lora_target_attention": ("cpp", "torch"),
     "contrastive_loss": ("torch",),
 }
 NAMES = ("auto", *dict.fromkeys(name for names in BACKENDS.values() for name in names))

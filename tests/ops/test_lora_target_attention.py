@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import em3
 from em3 import reference
-from em3.ops import _checks
+from em3.ops import _checks, _dispatch
 from em3.ops.lora_target_attention import cheaper
 from tests import oracle
 
@@ -79,6 +79,8 @@ def shapes(draw: st.DrawFn, tiny: bool = True) -> dict[str, Any]:
 @pytest.mark.parametrize(("strategy", "backend"), WAYS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_matches_the_reference(strategy, backend, dtype, seed):
+    oracle.skip_unless_served(backend, dtype)
+
     @settings(max_examples=50 if dtype == torch.float32 else 20)
     @given(shape=shapes(tiny=dtype not in oracle.HALF), salt=st.integers(0, 2**31))
     def check(shape, salt):
@@ -105,6 +107,7 @@ def test_gradcheck(strategy, lengths, m):
 @pytest.mark.parametrize("kind", ["no items", "all missing", "jagged", "empty bank"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_users_without_history(strategy, backend, kind, dtype):
+    oracle.skip_unless_served(backend, dtype)
     lengths = {"no items": 0, "all missing": 5, "jagged": [0, 0, 0], "empty bank": 5}[kind]
     args = oracle.convert(make(3, 2, 4, 8, 0 if kind == "empty bank" else 7, lengths), dtype)
     if kind == "all missing":
@@ -139,6 +142,7 @@ def test_strides_do_not_matter(strategy, backend):
 
 @pytest.mark.parametrize(("strategy", "backend"), WAYS)
 def test_a_bank_of_another_dtype(strategy, backend):
+    oracle.skip_unless_served(backend, torch.bfloat16)
     """A bf16 bank under float32 weights: its rows are read exactly, so only its own rounding is in the result."""
     args = oracle.convert(make(3, 2, 8, 16, 50, [9, 4, 30]), torch.float32)
     args["bank"] = args["bank"].detach().bfloat16().requires_grad_()
@@ -194,10 +198,10 @@ def test_opcheck(backend, offsets):
     torch.library.opcheck(torch.ops.em3.bank_rows, (history, 9))
 
 
-def test_a_row_number_outside_the_bank_is_never_read():
+@pytest.mark.parametrize("backend", oracle.backends("lora_target_attention"))
+def test_a_row_number_outside_the_bank_is_never_read(backend):
     """What a GPU does without debug_checks, shown on the CPU with the check taken away: missing, not a wild read."""
-    from em3.backends.torch import lora_target_attention as backend
-
+    backend = _dispatch.module("lora_target_attention", backend)
     u, bank = torch.randn(2, 1, 1, 4), torch.randn(5, 4)
     wild = torch.tensor([[1, 10**12, -(10**12), 4]])
     tame = torch.tensor([[1, -1, -1, 4]])

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import cpp
-from . import unavailable
+from . import _parts, unavailable
 
 MAX_STREAMS = 8
-PART = 256  # tokens that a part of an item has at least, so that its own rows of y stay a small share of the work
 
 __all__ = ["backward", "forward", "supports", "unavailable", "wins"]
 
@@ -43,25 +42,21 @@ def wins(u: list[Tensor], c: Tensor | None, values: list[Tensor], offsets: list[
 
 def forward(u: list[Tensor], c: Tensor | None, values: list[Tensor], offsets: list[Tensor | None],
             masks: list[Tensor | None], batch: int) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
-    parts = _parts(values, offsets, batch)
+    parts = _parts.count(values, offsets, batch)
     if parts == 1:
         return _forward(u, c, values, offsets, masks, batch)
     u, c = _of_parts(u, c, parts)
     values, offsets, masks = _cut(values, offsets, masks, parts)
     y, mass, lse = _forward(u, c, values, offsets, masks, batch * parts)
-    h, _, q = lse.shape
-    lse = lse.view(h, batch, parts, q)
-    whole = lse.logsumexp(2)  # [H, B, Q]
-    share = (lse - whole.clamp(min=torch.finfo(lse.dtype).min)[:, :, None]).exp_()  # [H, B, parts, Q]
-    y = [(t.view(h, batch, parts, q, t.shape[-1]) * share[..., None]).sum(2) for t in y]
-    return y, (mass.view(len(y), h, batch, parts, q) * share).sum(3), whole
+    share, whole = _parts.shares(lse, batch, parts)
+    return [_parts.joined(t, share) for t in y], (mass.view(len(y), *share.shape) * share).sum(3), whole
 
 
 def _forward(u: list[Tensor], c: Tensor | None, values: list[Tensor], offsets: list[Tensor | None],
              masks: list[Tensor | None], batch: int) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
     h, _, q, _ = u[0].shape
-    y = [_empty(h, batch, q, x.shape[-1]) for x in values]
-    mass, lse = _empty(len(u), h, batch, q), _empty(h, batch, q)
+    y = [_parts.empty(h, batch, q, x.shape[-1]) for x in values]
+    mass, lse = _parts.empty(len(u), h, batch, q), _parts.empty(h, batch, q)
     cpp.compiled().qformer_attention_forward(
         *_inputs(u, c, values, offsets, masks), y, mass, lse, torch.get_num_threads(), cpp.isa
     )
@@ -72,7 +67,7 @@ def backward(dy: list[Tensor], dmass: Tensor | None, u: list[Tensor], c: Tensor 
              offsets: list[Tensor | None], masks: list[Tensor | None], y: list[Tensor], mass: Tensor, lse: Tensor,
              need_u: bool, need_values: list[bool]) -> tuple[list[Tensor], Tensor, list[Tensor]]:  # fmt: skip
     batch = lse.shape[1]
-    parts = _parts(values, offsets, batch)
+    parts = _parts.count(values, offsets, batch)
     if parts == 1:
         return _backward(dy, dmass, u, c, values, offsets, masks, y, mass, lse, need_u, need_values)
     # Every part gets what belongs to its whole item, and contributes what its tokens add to the sums.
@@ -92,8 +87,8 @@ def backward(dy: list[Tensor], dmass: Tensor | None, u: list[Tensor], c: Tensor 
 def _backward(dy: list[Tensor], dmass: Tensor | None, u: list[Tensor], c: Tensor | None, values: list[Tensor],
               offsets: list[Tensor | None], masks: list[Tensor | None], y: list[Tensor], mass: Tensor, lse: Tensor,
               need_u: bool, need_values: list[bool]) -> tuple[list[Tensor], Tensor, list[Tensor]]:  # fmt: skip
-    du, dc = [_empty(*x.shape) for x in u], _empty(len(u), *u[0].shape[:3])
-    dx = [_empty(*x.shape) if need else _empty(0) for x, need in zip(values, need_values, strict=True)]
+    du, dc = [_parts.empty(*x.shape) for x in u], _parts.empty(len(u), *u[0].shape[:3])
+    dx = [_parts.empty(*x.shape) if need else _parts.empty(0) for x, need in zip(values, need_values, strict=True)]
     if not need_u:
         for unwanted in (*du, dc):
             unwanted.zero_()
@@ -106,31 +101,10 @@ def _backward(dy: list[Tensor], dmass: Tensor | None, u: list[Tensor], c: Tensor
     return du, dc, dx
 
 
-def _parts(values: list[Tensor], offsets: list[Tensor | None], batch: int) -> int:
-    """Into how many parts to cut every item, so that each thread gets two or more; 1 where nothing is gained."""
-    threads = torch.get_num_threads()
-    if threads == 1 or not 0 < batch < 2 * threads:
-        return 1
-    lengths = (x.shape[1] if o is None else int(o.diff().max()) for x, o in zip(values, offsets, strict=True))
-    return max(1, min(-(-2 * threads // batch), max(lengths) // PART))
-
-
 def _cut(values: list[Tensor], offsets: list[Tensor | None], masks: list[Tensor | None],
          parts: int) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:  # fmt: skip
-    """The same tokens as jagged streams, in which every item has become ``parts`` items of like length."""
-    flat: list[Tensor] = []
-    bounds: list[Tensor | None] = []
-    present: list[Tensor | None] = []
-    for x, ends, mask in zip(values, offsets, masks, strict=True):
-        if ends is None:
-            ends = torch.arange(x.shape[0] + 1, device="cpu") * x.shape[1]
-            x, mask = x.reshape(-1, x.shape[2]), None if mask is None else mask.reshape(-1)
-        step = torch.arange(parts, device="cpu")
-        starts = ends[:-1, None] + ends.diff()[:, None] * step // parts  # [B, parts]
-        flat.append(x)
-        bounds.append(torch.cat([starts.view(-1), ends[-1:]]))
-        present.append(mask)
-    return flat, bounds, present
+    flat, bounds = zip(*(_parts.cut(x, o, parts) for x, o in zip(values, offsets, strict=True)), strict=True)
+    return list(flat), list(bounds), [None if mask is None else mask.flatten() for mask in masks]
 
 
 def _of_parts(u: list[Tensor], c: Tensor | None, parts: int) -> tuple[list[Tensor], Tensor | None]:
@@ -138,11 +112,6 @@ def _of_parts(u: list[Tensor], c: Tensor | None, parts: int) -> tuple[list[Tenso
     if u[0].shape[1] == 1:
         return u, c
     return [t.repeat_interleave(parts, 1) for t in u], None if c is None else c.repeat_interleave(parts, 2)
-
-
-def _empty(*shape: int) -> Tensor:
-    """Not in torch's default dtype or on its default device: the kernel writes float32 on the CPU."""
-    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def _inputs(u: list[Tensor], c: Tensor | None, values: list[Tensor], offsets: list[Tensor | None],

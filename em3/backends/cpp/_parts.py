@@ -1,0 +1,48 @@
+"""Long items cut into parts that the kernels take for items, so that a few of them keep every thread busy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+PART = 256  # tokens that a part of an item has at least, so that its own rows of y stay a small share of the work
+
+
+def count(tokens: list[Tensor], offsets: list[Tensor | None], batch: int) -> int:
+    """Into how many parts to cut every item, so that each thread gets two or more; 1 where nothing is gained.
+
+    ``tokens`` are padded ``[B, N, ...]`` or, with offsets, jagged ``[T, ...]``.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or not 0 < batch < 2 * threads:
+        return 1
+    lengths = (x.shape[1] if o is None else int(o.diff().max()) for x, o in zip(tokens, offsets, strict=True))
+    return max(1, min(-(-2 * threads // batch), max(lengths) // PART))
+
+
+def cut(tokens: Tensor, offsets: Tensor | None, parts: int) -> tuple[Tensor, Tensor]:
+    """The same tokens as a jagged stream, in which every item has become ``parts`` items of like length."""
+    if offsets is None:
+        offsets = torch.arange(tokens.shape[0] + 1, device="cpu") * tokens.shape[1]
+        tokens = tokens.flatten(0, 1)
+    step = torch.arange(parts, device="cpu")
+    starts = offsets[:-1, None] + offsets.diff()[:, None] * step // parts  # [B, parts]
+    return tokens, torch.cat([starts.view(-1), offsets[-1:]])
+
+
+def shares(lse: Tensor, batch: int, parts: int) -> tuple[Tensor, Tensor]:
+    """What each part's softmax is of its item's, ``[H, B, parts, Q]``, and the item's ``lse [H, B, Q]``."""
+    h, _, q = lse.shape
+    lse = lse.view(h, batch, parts, q)
+    whole = lse.logsumexp(2)
+    return (lse - whole.clamp(min=torch.finfo(lse.dtype).min)[:, :, None]).exp_(), whole
+
+
+def joined(y: Tensor, share: Tensor) -> Tensor:
+    """``y [H, B * parts, Q, C]`` of the parts -> that of the items ``[H, B, Q, C]``."""
+    return (y.view(*share.shape, y.shape[-1]) * share[..., None]).sum(2)
+
+
+def empty(*shape: int) -> Tensor:
+    """Not in torch's default dtype or on its default device: the kernels write float32 on the CPU."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
