@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ..data.batches import Batch
 from ..jagged import Jagged
 from ..layers import ContentIDContrastiveLoss, LoRATargetAttention
-from .ids import owners, sum_by_owner
 
 GRADIENTS = ("both", "content", "id")
 
@@ -119,7 +118,7 @@ class EM3(nn.Module):
         length = offsets.diff()[:, None]  # [B, 1]
         read = self.interest(target, history, self.bank)
         interest = self.norm_interest(read) * (length > 0)  # nor is the bias of the norm an interest
-        mean = sum_by_owner(self.bank.index_select(0, ids), owners(offsets, len(ids)), len(target)) / length.clamp(min=1)
+        mean = F.embedding_bag(ids, self.bank, offsets, mode="mean", include_last_offset=True)  # [B, C], 0 where none
         if self.adapt is not None:
             mean = self.adapt(mean) * (length > 0)
         count = length.clamp(min=1).to(target.dtype).log()
