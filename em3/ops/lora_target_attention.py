@@ -102,8 +102,10 @@ def _absorbed_form(q: Tensor, ids: Tensor, offsets: Tensor | None, bank: Tensor,
     batch, m, h, e = q.shape
     c = bank.shape[1]
     rows = q.permute(2, 0, 1, 3).reshape(h, batch * m, e)  # [H, B * M, E]
+    w_k, lora_k = _merged(w_k, lora_k)
+    w_v, lora_v = _merged(w_v, lora_v)
     u = torch.bmm(rows, w_k.view(h, e, c))  # [H, B * M, C]
-    if lora_k is not None:  # kept apart from w_k: in bf16 their sum would round small updates away
+    if lora_k is not None:
         a, b, scaling = lora_k
         u = torch.baddbmm(u, torch.bmm(rows, b.view(h, e, b.shape[1])), a.expand(h, -1, -1), alpha=scaling)
     y, _ = torch.ops.em3.lora_target_attention(u.view(h, batch, m, c), ids, offsets, bank, request)
@@ -113,6 +115,13 @@ def _absorbed_form(q: Tensor, ids: Tensor, offsets: Tensor | None, bank: Tensor,
         a, b, scaling = lora_v
         out = torch.baddbmm(out, y @ a.t(), b.view(h, e, b.shape[1]).transpose(1, 2), alpha=scaling)
     return out.view(h, batch, m, e).permute(1, 2, 0, 3).reshape(batch, m, h * e)
+
+
+def _merged(weight: Tensor, lora: Lora | None) -> tuple[Tensor, Lora | None]:
+    """The adapted weight as one matrix, ``D C R`` multiply-adds; in a half type their sum would round small updates away."""
+    if lora is None or weight.dtype in (torch.float16, torch.bfloat16):
+        return weight, lora
+    return torch.addmm(weight, lora[1], lora[0], alpha=lora[2]), None
 
 
 def _projected_form(q: Tensor, ids: Tensor, offsets: Tensor | None, bank: Tensor, w_k: Tensor, w_v: Tensor,
