@@ -102,20 +102,21 @@ def test_every_default_dtype_and_device(dtype):
 
 def direct():
     """Arguments of the compiled functions, by name."""
-    h, b, q, widths, t = 2, 3, 4, (8, 5), 10
+    h, b, q, e, widths, t = 2, 3, 4, 3, (8, 5), 10
     f = lambda *shape: torch.randn(shape, dtype=torch.float32)  # noqa: E731
     values = [f(t, widths[0]), f(b, 6, widths[1])]
     return dict(
-        u=[f(h, 1, q, c) for c in widths], c=f(2, h, 1, q), values=values, offsets=[torch.tensor([0, 4, 4, 10]), None],
-        masks=[None, torch.rand(b, 6) > 0.5], y=[f(h, b, q, c) for c in widths], mass=f(2, h, b, q), lse=f(h, b, q), threads=1,
+        u=[f(h, 1, q, c) for c in widths], c=f(2, h, 1, q), w=[f(h, e, c) for c in widths], values=values, offsets=[torch.tensor([0, 4, 4, 10]), None],
+        masks=[None, torch.rand(b, 6) > 0.5], y=[f(h, b, q, c) for c in widths], o=f(h, b, q, e), mass=f(2, h, b, q),
+        lse=f(h, b, q), threads=1,
     )  # fmt: skip
 
 
 def direct_backward():
     like = direct()
     return like | dict(
-        dy=[torch.randn_like(y) for y in like["y"]], dmass=torch.randn_like(like["mass"]), du=[torch.empty_like(u) for u in like["u"]],
-        dc=torch.empty_like(like["c"]), dx=[torch.empty_like(x) for x in like["values"]],
+        dout=torch.randn_like(like["o"]), dmass=torch.randn_like(like["mass"]), du=[torch.empty_like(u) for u in like["u"]],
+        dc=torch.empty_like(like["c"]), dw=[torch.empty_like(w) for w in like["w"]], dx=[torch.empty_like(x) for x in like["values"]],
     )  # fmt: skip
 
 
@@ -123,14 +124,14 @@ def direct_target():
     """The arguments of a direct call of the bank's forward: 2 heads, 3 users of 2 targets, 10 places, 5 rows of 8."""
     f = torch.randn
     history = torch.tensor([0, 4, -1, 2, 2, 1, 3, 0, 4, 9])  # 9 is outside: missing
-    return dict(u=f(2, 3, 2, 8), history=history, offsets=torch.tensor([0, 4, 4, 10]), bank=f(5, 8), y=f(2, 3, 2, 8),
-                lse=f(2, 3, 2), threads=1)  # fmt: skip
+    return dict(u=f(2, 3, 2, 8), w=f(2, 6, 8), history=history, offsets=torch.tensor([0, 4, 4, 10]), bank=f(5, 8),
+                y=f(2, 3, 2, 8), o=f(2, 3, 2, 6), lse=f(2, 3, 2), threads=1)  # fmt: skip
 
 
 def direct_target_backward():
     like = direct_target()
     like["lse"].fill_(9.0)
-    return like | dict(dy=torch.randn(2, 3, 2, 8), du=torch.empty(2, 3, 2, 8), dx=torch.empty(10, 8))
+    return like | dict(dout=torch.randn(2, 3, 2, 6), du=torch.empty(2, 3, 2, 8), dw=torch.empty(2, 6, 8), dx=torch.empty(10, 8))
 
 
 DIRECT = {
@@ -258,15 +259,15 @@ def test_calls_from_several_threads_at_once(runtime, threads):
 
 def _in_child(inputs, count, results):
     torch.set_num_threads(count)
-    u, c, values, offsets = inputs
+    u, c, w, values, offsets = inputs
     module = __import__("em3.backends.cpp.qformer_attention", fromlist=["forward"])
-    y, _, _ = module.forward(u, c, values, offsets, [None], values[0].shape[0])
+    y, _, _, _ = module.forward(u, c, w, values, offsets, [None], values[0].shape[0])
     results.put(float(y[0].sum()))
 
 
 def test_in_a_forked_worker():
     """As in a data loader's worker: forked after the parent has used its threads."""
-    inputs = ([torch.randn(2, 1, 3, 16)], None, [torch.randn(6, 50, 16)], [None])
+    inputs = ([torch.randn(2, 1, 3, 16)], None, [torch.randn(2, 4, 16)], [torch.randn(6, 50, 16)], [None])
     want = float(kernel.forward(*inputs, [None], 6)[0][0].sum())
     context = multiprocessing.get_context("fork")
     for count in (1, 2):

@@ -14,20 +14,28 @@ namespace {
 
 Tensor tensor(const py::handle& given, const std::string& name) { return {given, "lora_target_attention: " + name}; }
 
-// What forward and backward have in common; u fixes the sizes.
+// What forward and backward have in common; u and w fix the sizes.
 struct TargetCall {
-    Sizes by_user;  // [H, B, M, C]
+    Sizes by_user;   // [H, B, M, C]
+    Sizes by_value;  // [H, E, C]
+    Sizes of_out;    // [H, B, M, E]
     Shape shape;
-    const float* u;
-    float *y, *lse;
+    const float *u, *w;
+    float *y, *o, *lse;
     TokenStream tokens;
 
-    TargetCall(const py::object& u_given, const py::object& history, const py::object& offsets, const py::object& bank,
-               const py::object& y_given, const py::object& lse_given) {
+    TargetCall(const py::object& u_given, const py::object& w_given, const py::object& history, const py::object& offsets,
+               const py::object& bank, const py::object& y_given, const py::object& o_given, const py::object& lse_given) {
         const Tensor u_tensor = tensor(u_given, "u");
         u_tensor.require_shape({-1, -1, -1, -1});
         by_user = u_tensor.shape();
-        shape = {by_user[1], by_user[0], by_user[2], false};
+        const Tensor w_tensor = tensor(w_given, "w");
+        w_tensor.require_shape({by_user[0], -1, by_user[3]});
+        by_value = w_tensor.shape();
+        shape = {by_user[1], by_user[0], by_user[2], by_value[1], false};
+        of_out = {shape.H, shape.B, shape.Q, shape.E};
+        w = w_tensor.block<const float>(by_value);
+        o = tensor(o_given, "o").block<float>(of_out);
         u = u_tensor.block<const float>(by_user);
         y = tensor(y_given, "y").block<float>(by_user);
         lse = tensor(lse_given, "lse").block<float>({shape.H, shape.B, shape.Q});
@@ -48,50 +56,53 @@ struct TargetCall {
 
 constexpr const char* kForward = R"(The forward of em3::lora_target_attention, on float32 CPU tensors.
 
-u: [H, B, M, C]. history: int64 row numbers [B, N], or [T] with offsets [B + 1] int64; one outside the bank is no item.
-bank: [n, C], its rows in one piece each. Writes y [H, B, M, C] and lse [H, B, M]. Everything else is contiguous.
-isa: "" for the widest instruction set of this processor.)";
+u: [H, B, M, C]. w: [H, E, C]. history: int64 row numbers [B, N], or [T] with offsets [B + 1] int64; one outside the bank
+is no item. bank: [n, C], its rows in one piece each. Writes y [H, B, M, C], o [H, B, M, E] and lse [H, B, M]. Everything
+else is contiguous. isa: "" for the widest instruction set of this processor.)";
 
-void forward(const py::object& u, const py::object& history, const py::object& offsets, const py::object& bank,
-             const py::object& y, const py::object& lse, int threads, const std::string& isa) {
+void forward(const py::object& u, const py::object& w, const py::object& history, const py::object& offsets,
+             const py::object& bank, const py::object& y, const py::object& o, const py::object& lse, int threads,
+             const std::string& isa) {
     const Isa path = resolve_isa(isa);
-    const TargetCall call(u, history, offsets, bank, y, lse);
+    const TargetCall call(u, w, history, offsets, bank, y, o, lse);
     py::gil_scoped_release release;
-    qformer_attention_forward(call.shape, {{call.tokens, call.u, nullptr, call.y, nullptr}}, call.lse, threads, path);
+    qformer_attention_forward(call.shape, {{call.tokens, call.u, nullptr, call.w, call.y, nullptr}}, call.o, call.lse,
+                              threads, path);
 }
 
 constexpr const char* kBackward = R"(The backward of em3::lora_target_attention, on float32 CPU tensors.
 
-dy as y, and what the forward read and wrote. Writes du [H, B, M, C] and dx [N or T..., C], the gradient of what each
-place of the history read, zeros where there is no item; each is None where it is not wanted.)";
+dout as o, and what the forward read and wrote. Writes du [H, B, M, C], dw [H, E, C] and dx [B, N, C] or [T, C], the
+gradient of what each place of the history read, zeros where there is no item; each is None where it is not wanted.)";
 
-void backward(const py::object& dy, const py::object& u, const py::object& history, const py::object& offsets,
-              const py::object& bank, const py::object& y, const py::object& lse, const py::object& du,
-              const py::object& dx, int threads, const std::string& isa) {
+void backward(const py::object& dout, const py::object& u, const py::object& w, const py::object& history,
+              const py::object& offsets, const py::object& bank, const py::object& y, const py::object& o,
+              const py::object& lse, const py::object& du, const py::object& dw, const py::object& dx, int threads,
+              const std::string& isa) {
     const Isa path = resolve_isa(isa);
-    const TargetCall call(u, history, offsets, bank, y, lse);
-    const float* const read = tensor(dy, "dy").block<const float>(call.by_user);
+    const TargetCall call(u, w, history, offsets, bank, y, o, lse);
+    const float* const to_o = tensor(dout, "dout").block<const float>(call.of_out);
     float* const to_u = du.is_none() ? nullptr : tensor(du, "du").block<float>(call.by_user);
+    float* const to_w = dw.is_none() ? nullptr : tensor(dw, "dw").block<float>(call.by_value);
     float* to_x = nullptr;
     if (!dx.is_none()) {
         Sizes shape = tensor(history, "history").shape();
         shape.push_back(call.tokens.C);
         to_x = tensor(dx, "dx").block<float>(shape);
     }
+    const BackwardStream stream{call.tokens, call.u, nullptr, call.w, call.y, nullptr, nullptr, to_u, nullptr, to_w, to_x};
     py::gil_scoped_release release;
-    qformer_attention_backward(
-        call.shape, {{call.tokens, call.u, nullptr, call.y, nullptr, read, nullptr, to_u, nullptr, to_x}}, call.lse,
-        threads, path);
+    qformer_attention_backward(call.shape, {stream}, to_o, call.o, call.lse, threads, path);
 }
 
 }  // namespace
 
 void bind_lora_target_attention(py::module_& m) {
-    m.def("lora_target_attention_forward", &forward, py::arg("u"), py::arg("history"), py::arg("offsets"),
-          py::arg("bank"), py::arg("y"), py::arg("lse"), py::arg("threads"), py::arg("isa") = "", kForward);
-    m.def("lora_target_attention_backward", &backward, py::arg("dy"), py::arg("u"), py::arg("history"),
-          py::arg("offsets"), py::arg("bank"), py::arg("y"), py::arg("lse"), py::arg("du"), py::arg("dx"),
-          py::arg("threads"), py::arg("isa") = "", kBackward);
+    m.def("lora_target_attention_forward", &forward, py::arg("u"), py::arg("w"), py::arg("history"), py::arg("offsets"),
+          py::arg("bank"), py::arg("y"), py::arg("o"), py::arg("lse"), py::arg("threads"), py::arg("isa") = "", kForward);
+    m.def("lora_target_attention_backward", &backward, py::arg("dout"), py::arg("u"), py::arg("w"), py::arg("history"),
+          py::arg("offsets"), py::arg("bank"), py::arg("y"), py::arg("o"), py::arg("lse"), py::arg("du"), py::arg("dw"),
+          py::arg("dx"), py::arg("threads"), py::arg("isa") = "", kBackward);
 }
 
 }  // namespace em3

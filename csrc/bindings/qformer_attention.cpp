@@ -54,15 +54,15 @@ struct Stacked {
     }
 };
 
-// What forward and backward have in common: the sizes, which lse and u fix, and the tokens.
+// What forward and backward have in common: the sizes, which lse, u and o fix, and the tokens.
 struct QformerCall {
     Shape shape;
     std::int64_t M, Bu;
-    float* lse;
+    float *o, *lse;
     std::vector<TokenStream> tokens;
 
     QformerCall(const py::list& u, const py::list& values, const py::list& offsets, const py::list& masks,
-                const py::object& lse_given) {
+                const py::object& o_given, const py::object& lse_given) {
         const Tensor lse_tensor = tensor(lse_given, "lse");
         lse_tensor.require_shape({-1, -1, -1});
         const Sizes sizes = lse_tensor.shape();  // [H, B, Q]
@@ -75,13 +75,17 @@ struct QformerCall {
         const Tensor first = tensor(u[0], "u", 0);
         first.require_shape({sizes[0], -1, sizes[2], -1});
         const bool shared = first.shape()[1] == 1 && sizes[1] != 1;
-        shape = {sizes[1], sizes[0], sizes[2], shared};
+        const Tensor o_tensor = tensor(o_given, "o");
+        o_tensor.require_shape({sizes[0], sizes[1], sizes[2], -1});
+        o = o_tensor.block<float>(o_tensor.shape());
+        shape = {sizes[1], sizes[0], sizes[2], o_tensor.shape()[3], shared};
         Bu = shared ? 1 : shape.B;
         for (std::size_t m = 0; m < values.size(); ++m) tokens.push_back(stream(m, values[m], offsets[m], masks[m]));
     }
 
     Sizes by_item() const { return {shape.H, shape.B, shape.Q}; }
     Sizes by_query() const { return {shape.H, Bu, shape.Q}; }
+    Sizes by_value() const { return {shape.H, shape.E}; }
     Sizes stacked(const Sizes& of_one) const { return {M, of_one[0], of_one[1], of_one[2]}; }
 
  private:
@@ -108,68 +112,72 @@ struct QformerCall {
 
 constexpr const char* kQformerForward = R"(The forward of em3::qformer_attention, on float32 CPU tensors.
 
-u: [H, Bu, Q, C_m] each, Bu = 1 where all B items share them. c: [M, H, Bu, Q] or None. values: [B, n, C_m] each, or
-[T, C_m] with offsets [B + 1] int64. masks: [B, n] or [T] bool each, or None. Writes y [H, B, Q, C_m] each,
-mass [M, H, B, Q] and lse [H, B, Q]. Everything is contiguous but values, which only have their rows in one piece.
-isa: "" for the widest instruction set of this processor.)";
+u: [H, Bu, Q, C_m] each, Bu = 1 where all B items share them. c: [M, H, Bu, Q] or None. w: [H, E, C_m] each. values:
+[B, n, C_m] each, or [T, C_m] with offsets [B + 1] int64. masks: [B, n] or [T] bool each, or None. Writes y
+[H, B, Q, C_m] each, o [H, B, Q, E], mass [M, H, B, Q] and lse [H, B, Q]. Everything is contiguous but values, which only
+have their rows in one piece. isa: "" for the widest instruction set of this processor.)";
 
-void qformer_forward(const py::list& u, const py::object& c, const py::list& values, const py::list& offsets,
-                     const py::list& masks, const py::list& y, const py::object& mass, const py::object& lse,
-                     int threads, const std::string& isa) {
+void qformer_forward(const py::list& u, const py::object& c, const py::list& w, const py::list& values,
+                     const py::list& offsets, const py::list& masks, const py::list& y, const py::object& o,
+                     const py::object& mass, const py::object& lse, int threads, const std::string& isa) {
     const Isa path = resolve_isa(isa);
-    const QformerCall call(u, values, offsets, masks, lse);
-    const PerStream queries{u, "u", call.by_query()}, read{one_each(y, values.size(), "y"), "y", call.by_item()};
+    const QformerCall call(u, values, offsets, masks, o, lse);
+    const PerStream queries{u, "u", call.by_query()}, weights{one_each(w, values.size(), "w"), "w", call.by_value()};
+    const PerStream read{one_each(y, values.size(), "y"), "y", call.by_item()};
     const Stacked bias(c, "c", call.stacked(call.by_query())), masses(mass, "mass", call.stacked(call.by_item()));
     std::vector<ForwardStream> streams;
     for (std::size_t m = 0; m < values.size(); ++m) {
         const std::int64_t C = call.tokens[m].C;
-        streams.push_back({call.tokens[m], queries(m, C), bias[m], read(m, C), masses[m]});
+        streams.push_back({call.tokens[m], queries(m, C), bias[m], weights(m, C), read(m, C), masses[m]});
     }
     py::gil_scoped_release release;
-    qformer_attention_forward(call.shape, streams, call.lse, threads, path);
+    qformer_attention_forward(call.shape, streams, call.o, call.lse, threads, path);
 }
 
 constexpr const char* kQformerBackward = R"(The backward of em3::qformer_attention, on float32 CPU tensors.
 
-dy as y, dmass as mass or None, and what the forward read and wrote. Writes du as u, dc as c and dx as values, but
-contiguous. du and dc are wanted or None together; dx holds None for each stream whose gradient is not wanted.)";
+dout as o, dmass as mass or None, and what the forward read and wrote. Writes du as u, dc as c, dw as w and dx as values,
+but contiguous. du and dc are wanted or None together; dw and dx hold None for each stream where it is not wanted.)";
 
-void qformer_backward(const py::list& dy, const py::object& dmass, const py::list& u, const py::object& c,
-                      const py::list& values, const py::list& offsets, const py::list& masks, const py::list& y,
-                      const py::object& mass, const py::object& lse, const py::object& du, const py::object& dc,
-                      const py::list& dx, int threads, const std::string& isa) {
+void qformer_backward(const py::object& dout, const py::object& dmass, const py::list& u, const py::object& c,
+                      const py::list& w, const py::list& values, const py::list& offsets, const py::list& masks,
+                      const py::list& y, const py::object& o, const py::object& mass, const py::object& lse,
+                      const py::object& du, const py::object& dc, const py::list& dw, const py::list& dx, int threads,
+                      const std::string& isa) {
     const Isa path = resolve_isa(isa);
-    const QformerCall call(u, values, offsets, masks, lse);
+    const QformerCall call(u, values, offsets, masks, o, lse);
     const std::size_t count = values.size();
     const Sizes by_item = call.by_item(), by_query = call.by_query();
-    const PerStream queries{u, "u", by_query}, read{one_each(y, count, "y"), "y", by_item};
-    const PerStream to_read{one_each(dy, count, "dy"), "dy", by_item};
+    const PerStream queries{u, "u", by_query}, weights{one_each(w, count, "w"), "w", call.by_value()};
+    const PerStream read{one_each(y, count, "y"), "y", by_item}, to_w{one_each(dw, count, "dw"), "dw", call.by_value()};
     const bool need_u = !du.is_none();
     const PerStream to_u{need_u ? one_each(du.cast<py::list>(), count, "du") : py::list(), "du", by_query};
     const Stacked bias(c, "c", call.stacked(by_query)), masses(mass, "mass", call.stacked(by_item));
     const Stacked to_mass(dmass, "dmass", call.stacked(by_item)), to_bias(dc, "dc", call.stacked(by_query));
+    const float* const to_o = tensor(dout, "dout").block<float>({call.shape.H, call.shape.B, call.shape.Q, call.shape.E});
     one_each(dx, count, "dx");
     std::vector<BackwardStream> streams;
     for (std::size_t m = 0; m < count; ++m) {
         const std::int64_t C = call.tokens[m].C;
         const Sizes shape = Tensor(values[m], "values").shape();
         float* const to_x = dx[m].is_none() ? nullptr : tensor(dx[m], "dx", m).block<float>(shape);
-        streams.push_back({call.tokens[m], queries(m, C), bias[m], read(m, C), masses[m], to_read(m, C), to_mass[m],
-                           need_u ? to_u(m, C) : nullptr, to_bias[m], to_x});
+        streams.push_back({call.tokens[m], queries(m, C), bias[m], weights(m, C), read(m, C), masses[m], to_mass[m],
+                           need_u ? to_u(m, C) : nullptr, to_bias[m], dw[m].is_none() ? nullptr : to_w(m, C), to_x});
     }
     py::gil_scoped_release release;
-    qformer_attention_backward(call.shape, streams, call.lse, threads, path);
+    qformer_attention_backward(call.shape, streams, to_o, call.o, call.lse, threads, path);
 }
 
 }  // namespace
 
 void bind_qformer_attention(py::module_& m) {
-    m.def("qformer_attention_forward", &qformer_forward, py::arg("u"), py::arg("c"), py::arg("values"),
-          py::arg("offsets"), py::arg("masks"), py::arg("y"), py::arg("mass"), py::arg("lse"), py::arg("threads"),
-          py::arg("isa") = "", kQformerForward);
-    m.def("qformer_attention_backward", &qformer_backward, py::arg("dy"), py::arg("dmass"), py::arg("u"), py::arg("c"),
-          py::arg("values"), py::arg("offsets"), py::arg("masks"), py::arg("y"), py::arg("mass"), py::arg("lse"),
-          py::arg("du"), py::arg("dc"), py::arg("dx"), py::arg("threads"), py::arg("isa") = "", kQformerBackward);
+    m.def("qformer_attention_forward", &qformer_forward, py::arg("u"), py::arg("c"), py::arg("w"), py::arg("values"),
+          py::arg("offsets"), py::arg("masks"), py::arg("y"), py::arg("o"), py::arg("mass"), py::arg("lse"),
+          py::arg("threads"), py::arg("isa") = "", kQformerForward);
+    m.def("qformer_attention_backward", &qformer_backward, py::arg("dout"), py::arg("dmass"), py::arg("u"),
+          py::arg("c"), py::arg("w"), py::arg("values"), py::arg("offsets"), py::arg("masks"), py::arg("y"),
+          py::arg("o"), py::arg("mass"), py::arg("lse"), py::arg("du"), py::arg("dc"), py::arg("dw"), py::arg("dx"),
+          py::arg("threads"), py::arg("isa") = "", kQformerBackward);
 }
 
 }  // namespace em3

@@ -23,26 +23,36 @@ struct ForwardJob {
   Shape shape;
   const ForwardStream* streams;
   int M;
+  float* o;
   float* lse;
   const float* const* packed_u;  // one a stream when u is shared
+  const float* const* packed_w;  // one a stream
 };
 
 struct BackwardJob {
   Shape shape;
   const BackwardStream* streams;
   int M;
+  const float* dout;
+  const float* o;
   const float* lse;
   const float* const* packed_u;
+  const float* const* packed_w;
+};
+
+// Where one part's gradients go: the outputs, or partial sums of them; null = not wanted. One entry a stream.
+struct Gradients {
+  float *du[kMaxStreams], *dc[kMaxStreams], *dw[kMaxStreams];
 };
 
 struct KernelTable {
   std::int64_t (*padded_rows)(std::int64_t K);
   void (*pack)(const float* const* rows, std::int64_t K, std::int64_t C, float* out);
+  void (*pack_wide)(const float* rows, std::int64_t E, std::int64_t C, float* out);
   std::int64_t (*forward_scratch)(const ForwardJob&);
   void (*forward_items)(const ForwardJob&, std::int64_t begin, std::int64_t end, float* scratch);
   std::int64_t (*backward_scratch)(const BackwardJob&);
-  void (*backward_items)(const BackwardJob&, std::int64_t begin, std::int64_t end, float* const* du, float* const* dc,
-                         float* scratch);
+  void (*backward_items)(const BackwardJob&, std::int64_t begin, std::int64_t end, const Gradients&, float* scratch);
 };
 
 // Every standard header must be included above this line: what follows compiles for processors that the rest of the
@@ -111,7 +121,7 @@ void require(bool good, const char* what) {
 
 template <class Stream>
 void check(const Shape& shape, const std::vector<Stream>& streams) {
-  require(shape.B >= 0 && shape.H >= 1 && shape.Q >= 0, "B and Q must be at least 0 and H at least 1");
+  require(shape.B >= 0 && shape.H >= 1 && shape.Q >= 0 && shape.E >= 0, "B, Q and E must be at least 0, H at least 1");
   require(!streams.empty() && streams.size() <= kMaxStreams, "there must be 1 to 8 streams");
   for (const Stream& s : streams) {
     require(s.tokens.n >= 0 && s.tokens.C >= 1, "n must be at least 0 and C at least 1");
@@ -149,27 +159,58 @@ std::vector<int64_t> cut(const Shape& shape, const std::vector<Stream>& streams,
   return edges;
 }
 
-// u transposed once for the whole call, when all items share it.
-struct PackedU {
+// Weights that every item reads, packed once for the whole call; one block a stream.
+struct Packed {
   std::vector<std::vector<float>> memory;
   std::vector<const float*> pointers;
+
+  explicit Packed(std::size_t streams) : memory(streams), pointers(streams) {}
+
+  float* room(std::size_t m, int64_t floats) {
+    memory[m].resize(static_cast<std::size_t>(floats));
+    pointers[m] = memory[m].data();
+    return memory[m].data();
+  }
 };
 
+void pack_rows(const KernelTable& table, const float* first, int64_t rows, int64_t C, float* out) {
+  std::vector<const float*> pointers(static_cast<std::size_t>(rows));
+  for (int64_t r = 0; r < rows; ++r) pointers[static_cast<std::size_t>(r)] = first + r * C;
+  table.pack(pointers.data(), rows, C, out);
+}
+
+// u transposed, when all items share it.
 template <class Stream>
-PackedU pack_u(const Shape& shape, const std::vector<Stream>& streams, const KernelTable& table, int threads) {
-  PackedU packed;
+Packed pack_u(const Shape& shape, const std::vector<Stream>& streams, const KernelTable& table, int threads) {
+  Packed packed(streams.size());
   if (!shape.shared_u) return packed;
-  packed.memory.resize(streams.size());
-  packed.pointers.resize(streams.size());
   parallel_for(threads, static_cast<int>(streams.size()), [&](int m) {
     const auto i = static_cast<std::size_t>(m);
     const int64_t C = streams[i].tokens.C, K = shape.K();
-    std::vector<const float*> rows(static_cast<std::size_t>(K));
-    for (int64_t r = 0; r < K; ++r) rows[static_cast<std::size_t>(r)] = streams[i].u + r * C;
-    packed.memory[i].resize(static_cast<std::size_t>(table.padded_rows(K) * C));
-    table.pack(rows.data(), K, C, packed.memory[i].data());
-    packed.pointers[i] = packed.memory[i].data();
+    pack_rows(table, streams[i].u, K, C, packed.room(i, table.padded_rows(K) * C));
   });
+  return packed;
+}
+
+// w transposed head by head, [C, E], for o = w y.
+Packed pack_w(const Shape& shape, const std::vector<ForwardStream>& streams, const KernelTable& table) {
+  Packed packed(streams.size());
+  for (std::size_t m = 0; m < streams.size(); ++m) {
+    const int64_t C = streams[m].tokens.C, step = table.padded_rows(shape.E) * C;
+    float* const out = packed.room(m, shape.H * step);
+    for (int64_t h = 0; h < shape.H; ++h) pack_rows(table, streams[m].w + h * shape.E * C, shape.E, C, out + h * step);
+  }
+  return packed;
+}
+
+// w as it is, [E, C] a head, for dy = dout w.
+Packed pack_w(const Shape& shape, const std::vector<BackwardStream>& streams, const KernelTable& table) {
+  Packed packed(streams.size());
+  for (std::size_t m = 0; m < streams.size(); ++m) {
+    const int64_t C = streams[m].tokens.C, step = table.padded_rows(C) * shape.E;
+    float* const out = packed.room(m, shape.H * step);
+    for (int64_t h = 0; h < shape.H; ++h) table.pack_wide(streams[m].w + h * shape.E * C, shape.E, C, out + h * step);
+  }
   return packed;
 }
 
@@ -190,62 +231,61 @@ int part_count(const Shape& shape, int threads, int parts_per_thread) {
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(shape.B, int64_t{threads} * parts_per_thread)));
 }
 
-// The sums over items when u is shared: part 0 writes the outputs themselves, the others write partial sums that are
-// then added in the order of the parts.
-class SharedSums {
+// Sums over items: part 0 writes the outputs themselves, the others write partial sums that are then added in the
+// order of the parts.
+class Sums {
  public:
-  SharedSums(const Shape& shape, const std::vector<BackwardStream>& streams, int parts)
-      : streams_(streams), K_(shape.K()), parts_(parts) {
-    for (const BackwardStream& s : streams) size_ += K_ * (s.tokens.C + 1);
-    if (parts > 1) partial_.resize(static_cast<std::size_t>(size_ * (parts - 1)));
+  explicit Sums(int parts) : parts_(parts) {}
+
+  // An output of n floats that every part adds to; null = not wanted.
+  void add(float* out, int64_t n) {
+    entries_.push_back({out, n, size_});
+    if (out != nullptr) size_ += n;
   }
 
-  void pointers(int part, float** du, float** dc) {
-    float* at = part == 0 ? nullptr : partial_.data() + size_ * (part - 1);
-    for (const BackwardStream& s : streams_) {
-      *du++ = s.du == nullptr || part == 0 ? s.du : at;
-      *dc++ = s.dc == nullptr || part == 0 ? s.dc : at + K_ * s.tokens.C;
-      if (part != 0) at += K_ * (s.tokens.C + 1);
-    }
+  void allocate() { partial_.resize(static_cast<std::size_t>(size_ * (parts_ - 1))); }
+
+  float* of(int part, std::size_t entry) {
+    const Entry& e = entries_[entry];
+    return e.out == nullptr || part == 0 ? e.out : partial_.data() + size_ * (part - 1) + e.at;
   }
 
   void reduce(int threads) {
-    for (int part = 1; part < parts_; ++part) {
-      float *du[kMaxStreams], *dc[kMaxStreams];
-      pointers(part, du, dc);
-      for (std::size_t m = 0; m < streams_.size(); ++m) {
-        add(streams_[m].du, du[m], K_ * streams_[m].tokens.C, threads);
-        add(streams_[m].dc, dc[m], K_, 1);
-      }
+    constexpr int64_t kChunk = 1 << 15;  // waking a thread costs as much as adding this many
+    for (std::size_t i = 0; i < entries_.size(); ++i) {
+      const Entry& e = entries_[i];
+      if (e.out == nullptr) continue;
+      parallel_for(threads, static_cast<int>((e.n + kChunk - 1) / kChunk), [&](int chunk) {
+        const int64_t end = std::min(e.n, (chunk + 1) * kChunk);
+        for (int part = 1; part < parts_; ++part) {
+          const float* from = of(part, i);
+          for (int64_t k = chunk * kChunk; k < end; ++k) e.out[k] += from[k];
+        }
+      });
     }
   }
 
  private:
-  static void add(float* to, const float* from, int64_t n, int threads) {
-    if (to == nullptr) return;
-    constexpr int64_t kChunk = 1 << 15;  // waking a thread costs as much as adding this many
-    const int chunks = static_cast<int>((n + kChunk - 1) / kChunk);
-    parallel_for(threads, chunks, [&](int chunk) {
-      const int64_t end = std::min(n, (chunk + 1) * kChunk);
-      for (int64_t i = chunk * kChunk; i < end; ++i) to[i] += from[i];
-    });
-  }
-
-  const std::vector<BackwardStream>& streams_;
-  int64_t K_, size_ = 0;
+  struct Entry {
+    float* out;
+    int64_t n, at;
+  };
   int parts_;
+  int64_t size_ = 0;
+  std::vector<Entry> entries_;
   std::vector<float> partial_;
 };
 
 }  // namespace
 
-void qformer_attention_forward(const Shape& shape, const std::vector<ForwardStream>& streams, float* lse, int threads,
-                               Isa isa) {
+void qformer_attention_forward(const Shape& shape, const std::vector<ForwardStream>& streams, float* o, float* lse,
+                               int threads, Isa isa) {
   check(shape, streams);
   if (shape.B == 0 || shape.K() == 0) return;
   const KernelTable& table = kernels(isa);
-  const PackedU packed = pack_u(shape, streams, table, threads);
-  const ForwardJob job{shape, streams.data(), static_cast<int>(streams.size()), lse, packed.pointers.data()};
+  const Packed packed_u = pack_u(shape, streams, table, threads), packed_w = pack_w(shape, streams, table);
+  const ForwardJob job{shape, streams.data(), static_cast<int>(streams.size()), o, lse, packed_u.pointers.data(),
+                       packed_w.pointers.data()};
   const auto scratch = static_cast<std::size_t>(table.forward_scratch(job));
   // Several parts a thread: nothing is added up across items here, and a thread that was held up leaves the rest.
   const std::vector<int64_t> edges = cut(shape, streams, part_count(shape, threads, 4));
@@ -255,25 +295,38 @@ void qformer_attention_forward(const Shape& shape, const std::vector<ForwardStre
   });
 }
 
-void qformer_attention_backward(const Shape& shape, const std::vector<BackwardStream>& streams, const float* lse,
-                                int threads, Isa isa) {
+void qformer_attention_backward(const Shape& shape, const std::vector<BackwardStream>& streams, const float* dout,
+                                const float* o, const float* lse, int threads, Isa isa) {
   check(shape, streams);
   for (const BackwardStream& s : streams) clear_unowned(shape, s);
-  if (shape.K() == 0 || (shape.B == 0 && !shape.shared_u)) return;
   const KernelTable& table = kernels(isa);
-  const PackedU packed = pack_u(shape, streams, table, threads);
-  const BackwardJob job{shape, streams.data(), static_cast<int>(streams.size()), lse, packed.pointers.data()};
+  const Packed packed_u = pack_u(shape, streams, table, threads), packed_w = pack_w(shape, streams, table);
+  const BackwardJob job{shape, streams.data(), static_cast<int>(streams.size()), dout, o, lse,
+                        packed_u.pointers.data(), packed_w.pointers.data()};
   const auto scratch = static_cast<std::size_t>(table.backward_scratch(job));
-  const std::vector<int64_t> edges = cut(shape, streams, part_count(shape, threads, shape.shared_u ? 1 : 4));
+  bool summed = shape.shared_u;
+  for (const BackwardStream& s : streams) summed = summed || s.dw != nullptr;
+  const std::vector<int64_t> edges = cut(shape, streams, part_count(shape, threads, summed ? 1 : 4));
   const int parts = static_cast<int>(edges.size()) - 1;
-  SharedSums sums(shape, streams, shape.shared_u ? parts : 1);
+  Sums sums(parts);
+  for (const BackwardStream& s : streams) {
+    const int64_t C = s.tokens.C;
+    sums.add(shape.shared_u ? s.du : nullptr, shape.K() * C);
+    sums.add(shape.shared_u ? s.dc : nullptr, shape.K());
+    sums.add(s.dw, shape.H * shape.E * C);
+  }
+  sums.allocate();
   parallel_for(threads, parts, [&](int part) {
+    Gradients to{};
+    for (std::size_t m = 0; m < streams.size(); ++m) {
+      to.du[m] = shape.shared_u ? sums.of(part, 3 * m) : streams[m].du;
+      to.dc[m] = shape.shared_u ? sums.of(part, 3 * m + 1) : streams[m].dc;
+      to.dw[m] = sums.of(part, 3 * m + 2);
+    }
     const auto i = static_cast<std::size_t>(part);
-    float *du[kMaxStreams], *dc[kMaxStreams];
-    sums.pointers(shape.shared_u ? part : 0, du, dc);
-    table.backward_items(job, edges[i], edges[i + 1], du, dc, thread_scratch(scratch));
+    table.backward_items(job, edges[i], edges[i + 1], to, thread_scratch(scratch));
   });
-  if (shape.shared_u) sums.reduce(threads);
+  sums.reduce(threads);
 }
 
 }  // namespace em3

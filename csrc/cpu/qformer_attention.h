@@ -5,7 +5,8 @@
 // item b, over every present token t of every stream m (one softmax for all streams):
 //   s[r,t] = dot(u_m[r], x_m[t]) + c_m[r]        p = softmax_t(s)        lse[r] = logsumexp_t(s[r,t])
 //   y_m[r] = sum_t p[r,t] x_m[t]                 mass_m[r] = sum_t p[r,t]
-// An item with no present token has y = 0, mass = 0, lse = -inf and zero gradients.
+//   o[r] = sum_m w_m,h y_m[r], the values of head h, E wide
+// An item with no present token has y = 0, o = 0, mass = 0, lse = -inf and zero gradients.
 //
 // Everything is float32 and contiguous unless a stride is named. Outputs may be uninitialised: every element is
 // written.
@@ -37,7 +38,7 @@ struct TokenStream {
 };
 
 struct Shape {
-  std::int64_t B, H, Q;
+  std::int64_t B, H, Q, E;
   bool shared_u;  // u and c have no item dimension: Bu = 1, else Bu = B
   std::int64_t K() const { return H * Q; }
 };
@@ -46,6 +47,7 @@ struct ForwardStream {
   TokenStream tokens;
   const float* u;  // [H, Bu, Q, C]
   const float* c;  // [H, Bu, Q], null = 0
+  const float* w;  // [H, E, C]
   float* y;        // [H, B, Q, C]
   float* mass;     // [H, B, Q], null = not wanted
 };
@@ -54,20 +56,21 @@ struct BackwardStream {
   TokenStream tokens;
   const float* u;
   const float* c;
-  const float* y;      // [H, B, Q, C]
+  const float* w;
+  const float* y;      // [H, B, Q, C], read only with dw
   const float* mass;   // [H, B, Q], read only with dmass
-  const float* dy;     // [H, B, Q, C]
   const float* dmass;  // [H, B, Q], null = 0
   float* du;           // [H, Bu, Q, C], null = not wanted
   float* dc;           // [H, Bu, Q], null = not wanted
+  float* dw;           // [H, E, C], null = not wanted
   float* dx;           // [B, n, C] or [n, C] (looked up: a row for each place), contiguous, null = not wanted
 };
 
-// Both throw std::invalid_argument for sizes they cannot serve and offsets that would lead outside x. `threads` is an upper bound. The same inputs and
-// thread count give the same bits.
-void qformer_attention_forward(const Shape& shape, const std::vector<ForwardStream>& streams, float* lse, int threads,
-                               Isa isa);
-void qformer_attention_backward(const Shape& shape, const std::vector<BackwardStream>& streams, const float* lse,
-                                int threads, Isa isa);
+// Both throw std::invalid_argument for sizes they cannot serve and offsets that would lead outside x. `threads` is an
+// upper bound. The same inputs and thread count give the same bits. o and dout, the gradient to it, are [H, B, Q, E].
+void qformer_attention_forward(const Shape& shape, const std::vector<ForwardStream>& streams, float* o, float* lse,
+                               int threads, Isa isa);
+void qformer_attention_backward(const Shape& shape, const std::vector<BackwardStream>& streams, const float* dout,
+                                const float* o, const float* lse, int threads, Isa isa);
 
 }  // namespace em3

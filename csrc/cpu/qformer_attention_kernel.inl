@@ -11,6 +11,8 @@
 //   scores   s[t, r]  = x[t, c]      * uT[c, r]   A = token rows in place, B = packed transpose of u (or dy)
 //   update   y[r, c] += p[t, r]      * x[t, c]    A = p, B = token rows in place         (du likewise with ds)
 //   outer    dx[t, c] = ds[t, r]     * u[r, c] + p[t, r] * dy[r, c]
+// The products with the value weights, o = w y, dy = dout w and dw = dout^T y, take a few items at a time: of one head's
+// rows these lie side by side, and what they share stays in the level-2 cache.
 
 constexpr int kPanel = 2 * kVec;  // width of the register tile
 constexpr int kBlock = 4 * kVec > 32 ? 4 * kVec : 32;
@@ -49,16 +51,12 @@ EM3_NOINLINE static void scores_tile(const Scores& g, int64_t row, const float* 
     for (int j = 0; j < NV; ++j) store(c + i * g.ldc + j * kVec, acc[i][j]);
 }
 
-template <int M>
-EM3_INLINE void scores_rows(int m, bool wide, const Scores& g, int64_t row, const float* b, float* c) {
+template <int M, int NV>
+EM3_INLINE void scores_rows(int m, const Scores& g, int64_t row, const float* b, float* c) {
   if (m == M) {
-    if (wide) {
-      scores_tile<M, 2>(g, row, b, c);
-    } else {
-      scores_tile<M, 1>(g, row, b, c);
-    }
+    scores_tile<M, NV>(g, row, b, c);
   } else if constexpr (M > 1) {
-    scores_rows<M - 1>(m, wide, g, row, b, c);
+    scores_rows<M - 1, NV>(m, g, row, b, c);
   }
 }
 
@@ -66,21 +64,32 @@ EM3_INLINE void scores_rows(int m, bool wide, const Scores& g, int64_t row, cons
 struct RowSplit {
   int64_t blocks, base, extra;
 };
-EM3_INLINE RowSplit split_rows(int64_t n) {
-  const int64_t blocks = (n + kRows - 1) / kRows;
+EM3_INLINE RowSplit split_rows(int64_t n, int64_t most) {
+  const int64_t blocks = (n + most - 1) / most;
   return {blocks, n / blocks, n % blocks};
+}
+
+// One panel: c[n, NV * kVec] = a[n, k] * b[k, NV * kVec]. A panel of one vector has registers for twice the rows.
+template <int NV>
+EM3_INLINE void scores_panel(const Scores& g, int64_t n, int64_t col) {
+  constexpr int kTall = NV == 2 ? kRows : 2 * kRows;
+  const RowSplit rows = split_rows(n, kTall);
+  int64_t row = 0;
+  for (int64_t i = 0; i < rows.blocks; ++i) {
+    const int m = static_cast<int>(rows.base + (i < rows.extra));
+    scores_rows<kTall, NV>(m, g, row, g.b + col * g.k, g.c + col);
+    row += m;
+  }
 }
 
 // c[n, width] = a[n, k] * packed[k, width], width a multiple of kVec, packed in panels of kPanel.
 static void scores(const Scores& g, int64_t n, int64_t width) {
-  const RowSplit rows = split_rows(n);
-  int64_t row = 0;
-  for (int64_t i = 0; i < rows.blocks; ++i) {
-    const int m = static_cast<int>(rows.base + (i < rows.extra));
-    for (int64_t col = 0; col < width; col += kPanel) {
-      scores_rows<kRows>(m, width - col >= kPanel, g, row, g.b + col * g.k, g.c + col);
+  for (int64_t col = 0; col < width; col += kPanel) {
+    if (width - col >= kPanel) {
+      scores_panel<2>(g, n, col);
+    } else {
+      scores_panel<1>(g, n, col);
     }
-    row += m;
   }
 }
 
@@ -157,7 +166,7 @@ EM3_INLINE int64_t strip_width(int64_t left) { return left >= kPanel ? kPanel : 
 
 // n rows of c, all C columns.
 static void update(const Update& g, int64_t n, int64_t C, const Ahead& ahead) {
-  const RowSplit rows = split_rows(n);
+  const RowSplit rows = split_rows(n, kRows);
   for (int64_t col = 0, width; col < C; col += width) {
     width = strip_width(C - col);
     for (int64_t t = 0; t < ahead.rows; ++t) {
@@ -229,7 +238,7 @@ EM3_INLINE void outer_rows(int m, const Outer& g, int64_t row, int64_t col, int6
 }
 
 static void outer(const Outer& g, int64_t n, int64_t C) {
-  const RowSplit rows = split_rows(n);
+  const RowSplit rows = split_rows(n, kRows);
   for (int64_t col = 0, width; col < C; col += width) {
     width = strip_width(C - col);
     int64_t row = 0;
@@ -243,27 +252,40 @@ static void outer(const Outer& g, int64_t n, int64_t C) {
 
 // ---- small elementwise pieces --------------------------------------------------------------------------------------
 
-// rows[K] of length C -> panels [C, kPanel] (the last one may be kVec wide), missing rows 0. Four rows at a time keeps
-// the reads sequential; this costs a few percent of one product over a full tile.
+// rows[have] of length C -> columns 0 .. width of out [C, ld], those of missing rows 0. Four rows at a time keeps the
+// reads sequential; this costs a few percent of one product over a full tile.
+static void transpose_rows(const float* const* rows, int64_t have, int64_t width, int64_t C, int64_t ld, float* out) {
+  for (int64_t r = 0; r < width; r += 4) {
+    if (have - r >= 4) {
+      const float *p0 = rows[r], *p1 = rows[r + 1], *p2 = rows[r + 2], *p3 = rows[r + 3];
+      for (int64_t c = 0; c < C; ++c) {
+        float* to = out + c * ld + r;
+        to[0] = p0[c], to[1] = p1[c], to[2] = p2[c], to[3] = p3[c];
+      }
+    } else {
+      for (int64_t c = 0; c < C; ++c)
+        for (int64_t i = 0; i < 4; ++i) out[c * ld + r + i] = r + i < have ? rows[r + i][c] : 0.0f;
+    }
+  }
+}
+
+// rows[K] of length C -> panels [C, kPanel] (the last one may be kVec wide), missing rows 0.
 static void pack_transposed(const float* const* rows, int64_t K, int64_t C, float* out) {
   const int64_t padded = round_up(K, kVec);
   for (int64_t r0 = 0; r0 < padded; r0 += kPanel) {
     const int64_t width = smaller(kPanel, padded - r0);
-    float* panel = out + r0 * C;
-    for (int64_t r = 0; r < width; r += 4) {
-      const int64_t have = smaller(4, K - (r0 + r));
-      if (have == 4) {
-        const float* const* from = rows + r0 + r;
-        const float *p0 = from[0], *p1 = from[1], *p2 = from[2], *p3 = from[3];
-        for (int64_t c = 0; c < C; ++c) {
-          float* to = panel + c * width + r;
-          to[0] = p0[c], to[1] = p1[c], to[2] = p2[c], to[3] = p3[c];
-        }
-      } else {
-        for (int64_t c = 0; c < C; ++c)
-          for (int64_t i = 0; i < 4; ++i) panel[c * width + r + i] = i < have ? rows[r0 + r + i][c] : 0.0f;
-      }
-    }
+    transpose_rows(rows + r0, K - r0, width, C, width, out + r0 * C);
+  }
+}
+
+// [E, C] -> panels [E, kPanel] (the last one may be kVec wide), missing columns 0.
+static void pack_wide(const float* rows, int64_t E, int64_t C, float* out) {
+  const int64_t padded = round_up(C, kVec);
+  for (int64_t c0 = 0; c0 < padded; c0 += kPanel) {
+    const int64_t width = smaller(kPanel, padded - c0);
+    float* to = out + c0 * E;
+    for (int64_t e = 0; e < E; ++e)
+      for (int64_t c = c0; c < c0 + width; ++c) *to++ = c < C ? rows[e * C + c] : 0.0f;
   }
 }
 
@@ -432,6 +454,16 @@ static TileScratch make_tile_scratch(Arena& arena, const Stream* streams, int M)
   return s;
 }
 
+// Items whose products with the value weights are done together: their rows of y, or of dy, take up to a quarter of a
+// 512 KB level-2 cache, unless one item's take more.
+template <class Stream>
+static int64_t items_together(const Shape& shape, const Stream* streams, int M) {
+  int64_t floats = 1;
+  for (int m = 0; m < M; ++m) floats += shape.K() * round_up(streams[m].tokens.C, kVec);
+  const int64_t items = (int64_t{1} << 15) / floats;
+  return items < 1 ? 1 : items > 64 ? 64 : items;
+}
+
 // ---- forward -------------------------------------------------------------------------------------------------------
 
 // What one worker holds for the rows of an item. [K] means padded to a multiple of kVec.
@@ -446,6 +478,7 @@ struct ForwardState {
   float* packed[kMaxStreams];       // u transposed, when it differs from item to item
   float** y[kMaxStreams];           // [K] rows
   const float** u;                  // [K] rows
+  float* values;                    // [items_together * Q, E] of one head and stream
 };
 
 // y and the sums are rescaled only when a row's maximum has grown by more than this, since exp(8) loses nothing in
@@ -461,6 +494,7 @@ static ForwardState forward_state(const ForwardJob& job, Arena& arena) {
   st.reference = arena.floats(padded);
   st.inverse = arena.floats(padded);
   st.u = arena.array<const float*>(K);
+  st.values = arena.floats(items_together(job.shape, job.streams, job.M) * job.shape.Q * round_up(job.shape.E, kVec));
   for (int m = 0; m < job.M; ++m) {
     st.bias[m] = arena.floats(padded);
     st.sum[m] = arena.floats(padded);
@@ -589,6 +623,24 @@ static void forward_item(const ForwardJob& job, ForwardState& st, int64_t b) {
   finish_statistics(job, st, b);
 }
 
+// o of items begin .. end from their y.
+static void project_items(const ForwardJob& job, ForwardState& st, int64_t begin, int64_t end) {
+  const Shape& shape = job.shape;
+  const int64_t E = shape.E, ld = round_up(E, kVec), rows = (end - begin) * shape.Q;
+  if (rows == 0 || E == 0) return;
+  for (int64_t h = 0; h < shape.H; ++h) {
+    const int64_t first = (h * shape.B + begin) * shape.Q;
+    for (int m = 0; m < job.M; ++m) {
+      const int64_t C = job.streams[m].tokens.C;
+      scores({job.streams[m].y + first * C, C, job.packed_w[m] + h * ld * C, C, st.values, ld}, rows, ld);
+      for (int64_t i = 0; i < rows; ++i) {
+        float* o = job.o + (first + i) * E;
+        for (int64_t e = 0; e < E; ++e) o[e] = m == 0 ? st.values[i * ld + e] : o[e] + st.values[i * ld + e];
+      }
+    }
+  }
+}
+
 static int64_t forward_scratch(const ForwardJob& job) {
   Arena arena{nullptr, 0};
   forward_state(job, arena);
@@ -603,7 +655,12 @@ static void forward_items(const ForwardJob& job, int64_t begin, int64_t end, flo
     fill(st.bias[m], round_up(shape.K(), kVec), 0.0f);
     if (shape.shared_u) gather_rows(job.streams[m].c, 1, 0, shape.H, shape.Q, st.bias[m]);
   }
-  for (int64_t b = begin; b < end; ++b) forward_item(job, st, b);
+  const int64_t together = items_together(shape, job.streams, job.M);
+  for (int64_t b = begin; b < end; b += together) {
+    const int64_t stop = smaller(b + together, end);
+    for (int64_t i = b; i < stop; ++i) forward_item(job, st, i);
+    project_items(job, st, b, stop);
+  }
 }
 
 // ---- backward ------------------------------------------------------------------------------------------------------
@@ -621,6 +678,11 @@ struct BackwardState {
   float* dc[kMaxStreams];            // [K]
   float* packed_u[kMaxStreams];      // transposed, when it differs from item to item
   float* packed_dy[kMaxStreams];     // transposed
+  float* both[kMaxStreams];          // u and dy transposed side by side, where K fits one vector
+  float* dy_rows[kMaxStreams];       // [H, items_together * Q, C padded]
+  const float** y_rows;              // [items_together * Q]
+  float** dw_rows;                   // [E]
+  bool dw_started;                   // dw holds something
   const float** u[kMaxStreams];      // [K] rows
   const float** dy[kMaxStreams];     // [K] rows
   float** du[kMaxStreams];           // [K] rows
@@ -639,13 +701,21 @@ static BackwardState backward_state(const BackwardJob& job, Arena& arena) {
   st.lse = arena.floats(padded);
   st.delta = arena.floats(padded);
   st.row = arena.floats(padded);
+  const int64_t together = items_together(job.shape, job.streams, job.M);
+  st.y_rows = arena.array<const float*>(together * job.shape.Q);
+  st.dw_rows = arena.array<float*>(job.shape.E);
   for (int m = 0; m < job.M; ++m) {
     const int64_t C = job.streams[m].tokens.C;
     st.bias[m] = arena.floats(padded);
     st.shift[m] = arena.floats(padded);
     st.dc[m] = arena.floats(padded);
-    st.packed_dy[m] = arena.floats(padded * C);
-    if (!job.shape.shared_u) st.packed_u[m] = arena.floats(padded * C);
+    st.dy_rows[m] = arena.floats(together * K * round_up(C, kVec));
+    if (padded == kVec) {
+      st.both[m] = arena.floats(kPanel * C);
+    } else {
+      st.packed_dy[m] = arena.floats(padded * C);
+      if (!job.shape.shared_u) st.packed_u[m] = arena.floats(padded * C);
+    }
     st.u[m] = arena.array<const float*>(K);
     st.dy[m] = arena.array<const float*>(K);
     st.du[m] = arena.array<float*>(K);
@@ -681,8 +751,12 @@ static void backward_tile(const BackwardJob& job, BackwardState& st, int m, cons
   }
   for (int64_t r0 = 0; r0 < K; r0 += kBlock) {
     const int64_t width = smaller(kBlock, padded - r0), rows = smaller(kBlock, K - r0);
-    scores({tile.x, tile.stride, packed_u + r0 * C, C, st.w, 2 * width}, tile.n, width);
-    scores({tile.x, tile.stride, st.packed_dy[m] + r0 * C, C, st.w + width, 2 * width}, tile.n, width);
+    if (padded == kVec) {
+      scores({tile.x, tile.stride, st.both[m], C, st.w, kPanel}, tile.n, kPanel);
+    } else {
+      scores({tile.x, tile.stride, packed_u + r0 * C, C, st.w, 2 * width}, tile.n, width);
+      scores({tile.x, tile.stride, st.packed_dy[m] + r0 * C, C, st.w + width, 2 * width}, tile.n, width);
+    }
     gradient_block(st, m, r0, tile.n, width);
     if (s.du != nullptr) {
       const Update g{st.w, 2 * width, tile.n, tile.rows, st.du[m] + r0, nullptr, nullptr, st.touched[m]};
@@ -698,66 +772,74 @@ static void backward_tile(const BackwardJob& job, BackwardState& st, int m, cons
   st.touched[m] = true;
 }
 
-// delta, the rows of dy and everything else that belongs to item b alone.
-static void prepare_item(const BackwardJob& job, BackwardState& st, int64_t b, const Tokens* tokens) {
+// The rows of dy, and those of u that are not shared, transposed.
+static void pack_item(const BackwardJob& job, BackwardState& st, int m) {
+  const int64_t K = job.shape.K(), C = job.streams[m].tokens.C;
+  if (round_up(K, kVec) == kVec) {
+    transpose_rows(st.dy[m], K, kVec, C, kPanel, st.both[m] + kVec);
+    if (!job.shape.shared_u) transpose_rows(st.u[m], K, kVec, C, kPanel, st.both[m]);
+  } else {
+    pack_transposed(st.dy[m], K, C, st.packed_dy[m]);
+    if (!job.shape.shared_u) pack_transposed(st.u[m], K, C, st.packed_u[m]);
+  }
+}
+
+// delta, the rows of dy and everything else that belongs to item b alone. first: the item that dy_rows begin with.
+static void prepare_item(const BackwardJob& job, BackwardState& st, int64_t b, int64_t first, int64_t items,
+                         const Tokens* tokens) {
   const Shape& shape = job.shape;
-  const int64_t B = shape.B, H = shape.H, Q = shape.Q, K = shape.K();
-  fill(st.delta, round_up(K, kVec), 0.0f);
+  const int64_t B = shape.B, H = shape.H, Q = shape.Q, K = shape.K(), E = shape.E;
   gather_rows(job.lse, B, b, H, Q, st.lse);
-  for (int64_t r = 0; r < K; ++r) st.lse[r] = st.lse[r] == -INFINITY ? 0.0f : st.lse[r];
-  for (int m = 0; m < job.M; ++m) {
-    const BackwardStream& s = job.streams[m];
-    const int64_t C = s.tokens.C;
-    row_table(s.dy, B, b, H, Q, C, st.dy[m]);
-    row_table(s.y, B, b, H, Q, C, st.u[m]);  // the rows of y, for a moment
-    for (int64_t r = 0; r < K; ++r) st.delta[r] += dot(st.dy[m][r], st.u[m][r], C);
-    gather_rows(s.dmass, B, b, H, Q, st.shift[m]);
-    if (s.dmass != nullptr) {
-      gather_rows(s.mass, B, b, H, Q, st.row);
-      for (int64_t r = 0; r < K; ++r) st.delta[r] += st.shift[m][r] * st.row[r];
-    }
+  for (int64_t r = 0; r < K; ++r) {
+    const int64_t at = ((r / Q * B + b) * Q + r % Q) * E;
+    st.lse[r] = st.lse[r] == -INFINITY ? 0.0f : st.lse[r];
+    st.delta[r] = dot(job.dout + at, job.o + at, E);
   }
   for (int m = 0; m < job.M; ++m) {
     const BackwardStream& s = job.streams[m];
-    const int64_t C = s.tokens.C;
+    row_table<const float>(st.dy_rows[m], items, b - first, H, Q, round_up(s.tokens.C, kVec), st.dy[m]);
+    gather_rows(s.dmass, B, b, H, Q, st.shift[m]);
+    if (s.dmass == nullptr) continue;
+    gather_rows(s.mass, B, b, H, Q, st.row);
+    for (int64_t r = 0; r < K; ++r) st.delta[r] += st.shift[m][r] * st.row[r];
+  }
+  for (int m = 0; m < job.M; ++m) {
+    const BackwardStream& s = job.streams[m];
     for (int64_t r = 0; r < K; ++r) st.shift[m][r] -= st.delta[r];
-    row_table(s.u, shape.shared_u ? 1 : B, shape.shared_u ? 0 : b, H, Q, C, st.u[m]);
+    row_table(s.u, shape.shared_u ? 1 : B, shape.shared_u ? 0 : b, H, Q, s.tokens.C, st.u[m]);
     if (tokens[m].present == 0 || !wanted(s)) continue;
-    pack_transposed(st.dy[m], K, C, st.packed_dy[m]);
-    if (shape.shared_u) continue;
-    pack_transposed(st.u[m], K, C, st.packed_u[m]);
-    gather_rows(s.c, B, b, H, Q, st.bias[m]);
+    pack_item(job, st, m);
+    if (!shape.shared_u) gather_rows(s.c, B, b, H, Q, st.bias[m]);
   }
 }
 
 // Points du at where the sums go: this part's [K, C], or the item's own rows of the output.
-static void start_sums(const BackwardJob& job, BackwardState& st, int64_t items, int64_t b, float* const* du) {
+static void start_sums(const BackwardJob& job, BackwardState& st, int64_t items, int64_t b, const Gradients& to) {
   const Shape& shape = job.shape;
   for (int m = 0; m < job.M; ++m) {
     st.touched[m] = false;
     fill(st.dc[m], round_up(shape.K(), kVec), 0.0f);
-    if (du[m] != nullptr) row_table(du[m], items, b, shape.H, shape.Q, job.streams[m].tokens.C, st.du[m]);
+    if (to.du[m] != nullptr) row_table(to.du[m], items, b, shape.H, shape.Q, job.streams[m].tokens.C, st.du[m]);
   }
 }
 
-static void finish_sums(const BackwardJob& job, BackwardState& st, int64_t items, int64_t b, float* const* du,
-                        float* const* dc) {
+static void finish_sums(const BackwardJob& job, BackwardState& st, int64_t items, int64_t b, const Gradients& to) {
   const Shape& shape = job.shape;
   for (int m = 0; m < job.M; ++m) {
-    if (dc[m] != nullptr) scatter_rows(st.dc[m], items, b, shape.H, shape.Q, dc[m]);
-    if (du[m] == nullptr || st.touched[m]) continue;
+    if (to.dc[m] != nullptr) scatter_rows(st.dc[m], items, b, shape.H, shape.Q, to.dc[m]);
+    if (to.du[m] == nullptr || st.touched[m]) continue;
     for (int64_t r = 0; r < shape.K(); ++r) fill(st.du[m][r], job.streams[m].tokens.C, 0.0f);
   }
 }
 
-static void backward_item(const BackwardJob& job, BackwardState& st, int64_t b) {
+static void backward_item(const BackwardJob& job, BackwardState& st, int64_t b, int64_t first, int64_t items) {
   Tokens tokens[kMaxStreams];
   bool any = false;
   for (int m = 0; m < job.M; ++m) {
     tokens[m] = item_tokens(job.streams[m].tokens, b);
     any = any || (tokens[m].present > 0 && wanted(job.streams[m]));
   }
-  if (any) prepare_item(job, st, b, tokens);
+  if (any) prepare_item(job, st, b, first, items, tokens);
   for (int m = 0; m < job.M; ++m) {
     const BackwardStream& s = job.streams[m];
     const Tokens& t = tokens[m];
@@ -783,31 +865,82 @@ static int64_t backward_scratch(const BackwardJob& job) {
   return arena.used;
 }
 
-// du, dc: where this part's sums go when u is shared (null = not wanted); otherwise the outputs themselves.
-static void backward_items(const BackwardJob& job, int64_t begin, int64_t end, float* const* du, float* const* dc,
-                           float* scratch) {
+// dy = dout w of items begin .. end.
+static void read_back(const BackwardJob& job, BackwardState& st, int64_t begin, int64_t end) {
+  const Shape& shape = job.shape;
+  const int64_t E = shape.E, rows = (end - begin) * shape.Q;
+  if (rows == 0) return;
+  for (int m = 0; m < job.M; ++m) {
+    if (!wanted(job.streams[m])) continue;
+    const int64_t ld = round_up(job.streams[m].tokens.C, kVec);
+    for (int64_t h = 0; h < shape.H; ++h) {
+      const float* dout = job.dout + (h * shape.B + begin) * shape.Q * E;
+      scores({dout, E, job.packed_w[m] + h * E * ld, E, st.dy_rows[m] + h * rows * ld, ld}, rows, ld);
+    }
+  }
+}
+
+// dw += dout^T y of items begin .. end.
+static void weigh(const BackwardJob& job, BackwardState& st, int64_t begin, int64_t end, const Gradients& to) {
+  const Shape& shape = job.shape;
+  const int64_t E = shape.E, rows = (end - begin) * shape.Q;
+  if (rows == 0 || E == 0) return;
+  for (int m = 0; m < job.M; ++m) {
+    if (to.dw[m] == nullptr) continue;
+    const int64_t C = job.streams[m].tokens.C;
+    for (int64_t h = 0; h < shape.H; ++h) {
+      const int64_t first = (h * shape.B + begin) * shape.Q;
+      for (int64_t i = 0; i < rows; ++i) st.y_rows[i] = job.streams[m].y + (first + i) * C;
+      for (int64_t e = 0; e < E; ++e) st.dw_rows[e] = to.dw[m] + (h * E + e) * C;
+      update({job.dout + first * E, E, rows, st.y_rows, st.dw_rows, nullptr, nullptr, st.dw_started}, E, C, Ahead{0, 0, 0});
+    }
+  }
+  st.dw_started = true;
+}
+
+static void start_part(const BackwardJob& job, BackwardState& st) {
+  const Shape& shape = job.shape;
+  const int64_t padded = round_up(shape.K(), kVec);
+  fill(st.lse, padded, 0.0f);
+  fill(st.delta, padded, 0.0f);
+  for (int m = 0; m < job.M; ++m) {
+    const BackwardStream& s = job.streams[m];
+    fill(st.bias[m], padded, 0.0f);
+    fill(st.shift[m], padded, 0.0f);
+    if (!shape.shared_u) continue;
+    gather_rows(s.c, 1, 0, shape.H, shape.Q, st.bias[m]);
+    row_table(s.u, 1, 0, shape.H, shape.Q, s.tokens.C, st.u[m]);
+    if (padded == kVec) transpose_rows(st.u[m], shape.K(), kVec, s.tokens.C, kPanel, st.both[m]);
+  }
+}
+
+// to: where this part's sums go; du and dc the outputs themselves where u is not shared.
+static void backward_items(const BackwardJob& job, int64_t begin, int64_t end, const Gradients& to, float* scratch) {
   Arena arena{scratch, 0};
   BackwardState st = backward_state(job, arena);
   const Shape& shape = job.shape;
+  start_part(job, st);
+  if (shape.shared_u) start_sums(job, st, 1, 0, to);
+  const int64_t together = items_together(shape, job.streams, job.M);
+  for (int64_t first = begin; first < end; first += together) {
+    const int64_t stop = smaller(first + together, end);
+    read_back(job, st, first, stop);
+    for (int64_t b = first; b < stop; ++b) {
+      if (!shape.shared_u) start_sums(job, st, shape.B, b, to);
+      backward_item(job, st, b, first, stop - first);
+      if (!shape.shared_u) finish_sums(job, st, shape.B, b, to);
+    }
+    weigh(job, st, first, stop, to);
+  }
+  if (shape.shared_u) finish_sums(job, st, 1, 0, to);
   for (int m = 0; m < job.M; ++m) {
-    const int64_t padded = round_up(shape.K(), kVec);
-    fill(st.bias[m], padded, 0.0f);
-    fill(st.shift[m], padded, 0.0f);
-    if (shape.shared_u) gather_rows(job.streams[m].c, 1, 0, shape.H, shape.Q, st.bias[m]);
+    if (to.dw[m] != nullptr && !st.dw_started) fill(to.dw[m], shape.H * shape.E * job.streams[m].tokens.C, 0.0f);
   }
-  fill(st.lse, round_up(shape.K(), kVec), 0.0f);
-  if (shape.shared_u) start_sums(job, st, 1, 0, du);
-  for (int64_t b = begin; b < end; ++b) {
-    if (!shape.shared_u) start_sums(job, st, shape.B, b, du);
-    backward_item(job, st, b);
-    if (!shape.shared_u) finish_sums(job, st, shape.B, b, du, dc);
-  }
-  if (shape.shared_u) finish_sums(job, st, 1, 0, du, dc);
 }
 
 // ---- what the dispatcher sees --------------------------------------------------------------------------------------
 
 static int64_t padded_rows(int64_t K) { return round_up(K, kVec); }
 
-static const KernelTable kTable = {padded_rows,    pack_transposed,  forward_scratch,
+static const KernelTable kTable = {padded_rows,   pack_transposed,  pack_wide,     forward_scratch,
                                    forward_items, backward_scratch, backward_items};

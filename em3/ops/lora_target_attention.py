@@ -108,12 +108,14 @@ def _absorbed_form(q: Tensor, ids: Tensor, offsets: Tensor | None, bank: Tensor,
     if lora_k is not None:
         a, b, scaling = lora_k
         u = torch.baddbmm(u, torch.bmm(rows, b.view(h, e, b.shape[1])), a.expand(h, -1, -1), alpha=scaling)
-    y, _ = torch.ops.em3.lora_target_attention(u.view(h, batch, m, c), ids, offsets, bank, request)
-    y = y.view(h, batch * m, c)
-    out = torch.bmm(y, w_v.view(h, e, c).transpose(1, 2))  # [H, B * M, E]
+    w = w_v.view(h, e, c)
+    if lora_v is not None:  # A as further rows of values, for B to be applied to what they have read
+        w = torch.cat([w, lora_v[0].expand(h, -1, -1)], 1)  # [H, E + R, C]
+    _, out, _ = torch.ops.em3.lora_target_attention(u.view(h, batch, m, c), w, ids, offsets, bank, request)
     if lora_v is not None:
-        a, b, scaling = lora_v
-        out = torch.baddbmm(out, y @ a.t(), b.view(h, e, b.shape[1]).transpose(1, 2), alpha=scaling)
+        _, b, scaling = lora_v
+        low = out[..., e:].flatten(1, 2)  # [H, B * M, R]
+        out = torch.baddbmm(out[..., :e].flatten(1, 2), low, b.view(h, e, b.shape[1]).transpose(1, 2), alpha=scaling)
     return out.view(h, batch, m, e).permute(1, 2, 0, 3).reshape(batch, m, h * e)
 
 
@@ -191,34 +193,35 @@ def _check(target: Tensor, ids: Tensor, offsets: Tensor | None, bank: Tensor, ba
     _checks.same_device("target", target, {"bank": bank, "history": ids, "history.offsets": offsets})
 
 
-# The registered operator is the part between the projections: for the row r = (h, m) of a user,
-#   s[r, t] = u[r] . bank[history[t]];  p = softmax_t s;  y[r] = sum_t p bank[history[t]];  lse[r] = logsumexp_t s.
+# The registered operator is the part between the target's projection and the last one: for the row r = (h, m) of a user,
+#   s[r, t] = u[r] . bank[history[t]];  p = softmax_t s;  y[r] = sum_t p bank[history[t]];  o[r] = w_h y[r];
+#   lse[r] = logsumexp_t s. y and lse are outputs for the backward to read.
 torch.library.define(
     "em3::lora_target_attention",
-    "(Tensor u, Tensor history, Tensor? offsets, Tensor bank, str backend) -> (Tensor y, Tensor lse)",
+    "(Tensor u, Tensor w, Tensor history, Tensor? offsets, Tensor bank, str backend) -> (Tensor y, Tensor o, Tensor lse)",
 )
 torch.library.define(
     "em3::lora_target_attention_backward",
-    "(Tensor dy, Tensor u, Tensor history, Tensor? offsets, Tensor bank, Tensor y, Tensor lse, bool need_u,"
-    " bool need_bank, str backend) -> (Tensor du, Tensor dbank)",
+    "(Tensor dout, Tensor u, Tensor w, Tensor history, Tensor? offsets, Tensor bank, Tensor y, Tensor o, Tensor lse,"
+    " bool need_u, bool need_w, bool need_bank, str backend) -> (Tensor du, Tensor dw, Tensor dbank)",
 )
 torch.library.define("em3::bank_rows", "(Tensor history, SymInt rows) -> (Tensor rows, Tensor present)")
 
 
 @torch.library.impl("em3::lora_target_attention", "default")
-def _forward(u, history, offsets, bank, backend):
+def _forward(u, w, history, offsets, bank, backend):
     _check_content(history, offsets, bank)
-    args = (u, history, offsets, bank)
+    args = (u, w, history, offsets, bank)
     with _checks.no_autocast(u.device):
         return _dispatch.choose("lora_target_attention", backend, args).forward(*args)
 
 
 @torch.library.impl("em3::lora_target_attention_backward", "default")
-def _backward(dy, u, history, offsets, bank, y, lse, need_u, need_bank, backend):
+def _backward(dout, u, w, history, offsets, bank, y, o, lse, need_u, need_w, need_bank, backend):
     _check_content(history, offsets, bank)
-    chosen = _dispatch.choose("lora_target_attention", backend, (u, history, offsets, bank))
+    chosen = _dispatch.choose("lora_target_attention", backend, (u, w, history, offsets, bank))
     with _checks.no_autocast(u.device):
-        return chosen.backward(dy, u, history, offsets, bank, y, lse, need_u, need_bank)
+        return chosen.backward(dout, u, w, history, offsets, bank, y, o, lse, need_u, need_w, need_bank)
 
 
 def _check_content(history, offsets, bank):
@@ -237,14 +240,14 @@ def _bank_rows(history, rows):
 
 
 @torch.library.register_fake("em3::lora_target_attention")
-def _forward_fake(u, history, offsets, bank, backend):
+def _forward_fake(u, w, history, offsets, bank, backend):
     wide = torch.float64 if u.dtype == torch.float64 else torch.float32
-    return u.new_empty(u.shape), u.new_empty(u.shape[:3], dtype=wide)
+    return u.new_empty(u.shape), u.new_empty(*u.shape[:3], w.shape[1]), u.new_empty(u.shape[:3], dtype=wide)
 
 
 @torch.library.register_fake("em3::lora_target_attention_backward")
-def _backward_fake(dy, u, history, offsets, bank, y, lse, need_u, need_bank, backend):
-    return u.new_empty(u.shape), bank.new_empty(bank.shape if need_bank else (0,))
+def _backward_fake(dout, u, w, history, offsets, bank, y, o, lse, need_u, need_w, need_bank, backend):
+    return u.new_empty(u.shape), *(t.new_empty(t.shape if n else (0,)) for t, n in ((w, need_w), (bank, need_bank)))
 
 
 @torch.library.register_fake("em3::bank_rows")
@@ -253,19 +256,19 @@ def _bank_rows_fake(history, rows):
 
 
 def _setup_context(ctx, inputs, output):
-    u, history, offsets, bank, backend = inputs
-    y, lse = output
-    ctx.mark_non_differentiable(lse)
+    u, w, history, offsets, bank, backend = inputs
+    y, o, lse = output
+    ctx.mark_non_differentiable(y, lse)
     ctx.backend = backend
-    ctx.save_for_backward(u, history, offsets, bank, y, lse)
+    ctx.save_for_backward(u, w, history, offsets, bank, y, o, lse)
 
 
-def _autograd(ctx, dy, _):
-    need_u, _, _, need_bank, _ = ctx.needs_input_grad
-    du, dbank = torch.ops.em3.lora_target_attention_backward(
-        dy.contiguous(), *ctx.saved_tensors, need_u, need_bank, ctx.backend
+def _autograd(ctx, _, dout, __):
+    need_u, need_w, _, _, need_bank, _ = ctx.needs_input_grad
+    du, dw, dbank = torch.ops.em3.lora_target_attention_backward(
+        dout.contiguous(), *ctx.saved_tensors, need_u, need_w, need_bank, ctx.backend
     )
-    return du if need_u else None, None, None, dbank if need_bank else None, None
+    return du if need_u else None, dw if need_w else None, None, None, dbank if need_bank else None, None
 
 
 torch.library.register_autograd("em3::lora_target_attention", _autograd, setup_context=_setup_context)

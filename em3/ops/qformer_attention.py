@@ -119,17 +119,15 @@ def _absorbed(q: Tensor, streams: Sequence[Stream], w_k: Sequence[Tensor], w_v: 
     rows = q.permute(2, 0, 1, 3).reshape(h, bu * nq, e)  # [H, Bu * Q, E]
     u = [torch.bmm(rows, w.view(h, e, w.shape[1])).view(h, bu, nq, w.shape[1]) for w in w_k]  # [H, Bu, Q, C_m]
     c = _score_offsets(rows, b_k, h, e)
-    y, mass, _ = torch.ops.em3.qformer_attention(
-        u, None if c is None else c.view(len(u), h, bu, nq), [s.values for s in streams], [s.offsets for s in streams],
-        [s.mask for s in streams], batch, request,
+    w = [t.view(h, e, t.shape[1]) for t in w_v]
+    _, out, mass, _ = torch.ops.em3.qformer_attention(
+        u, None if c is None else c.view(len(u), h, bu, nq), w, [s.values for s in streams],
+        [s.offsets for s in streams], [s.mask for s in streams], batch, request,
     )  # fmt: skip
-    out = q.new_zeros(())
-    for m, bias in enumerate(b_v):
-        width = w_v[m].shape[1]
-        out = out + torch.bmm(y[m].view(h, batch * nq, width), w_v[m].view(h, e, width).transpose(1, 2))
+    for part, bias in zip(mass, b_v, strict=True):
         if bias is not None:
-            out = out + mass[m].reshape(h, batch * nq, 1).to(out.dtype) * bias.view(h, 1, e)
-    return out.view(h, batch, nq, e).permute(1, 2, 0, 3).reshape(batch, nq, h * e)
+            out = out + part[..., None].to(out.dtype) * bias.view(h, 1, 1, e)
+    return out.permute(1, 2, 0, 3).reshape(batch, nq, h * e)
 
 
 def _score_offsets(rows: Tensor, b_k: Sequence[Tensor | None], h: int, e: int) -> Tensor | None:
@@ -191,37 +189,39 @@ def _check(query: Tensor, streams: Sequence[Stream], w_q: Tensor, w_k: Sequence[
     return batch
 
 
-# The registered operator is the part between the projections, which are ordinary matrix products:
+# The registered operator is the part between the query's projection and the last one, which are ordinary products:
 #   s[r, t] = u_m[r] . x_m[t] + c_m[r];  p = softmax over the item's tokens of all streams;  y_m[r] = sum_t p x_m[t];
-#   mass_m[r] = sum_t p;  lse[r] = logsumexp_t s, for the H * Q rows r of every item.
-# An item without tokens has y = 0, mass = 0, lse = -inf.
+#   o[r] = sum_m w_m,h y_m[r];  mass_m[r] = sum_t p;  lse[r] = logsumexp_t s, for the H * Q rows r = (h, q) of every item.
+# An item without tokens has y = 0, o = 0, mass = 0, lse = -inf. y and lse are outputs for the backward to read.
 torch.library.define(
     "em3::qformer_attention",
-    "(Tensor[] u, Tensor? c, Tensor[] values, Tensor?[] offsets, Tensor?[] masks, SymInt batch, str backend)"
-    " -> (Tensor[] y, Tensor mass, Tensor lse)",
+    "(Tensor[] u, Tensor? c, Tensor[] w, Tensor[] values, Tensor?[] offsets, Tensor?[] masks, SymInt batch, str backend)"
+    " -> (Tensor[] y, Tensor o, Tensor mass, Tensor lse)",
 )
 torch.library.define(
     "em3::qformer_attention_backward",
-    "(Tensor[] dy, Tensor? dmass, Tensor[] u, Tensor? c, Tensor[] values, Tensor?[] offsets, Tensor?[] masks,"
-    " Tensor[] y, Tensor mass, Tensor lse, bool need_u, bool[] need_values, str backend)"
-    " -> (Tensor[] du, Tensor dc, Tensor[] dvalues)",
+    "(Tensor dout, Tensor? dmass, Tensor[] u, Tensor? c, Tensor[] w, Tensor[] values, Tensor?[] offsets, Tensor?[] masks,"
+    " Tensor[] y, Tensor o, Tensor mass, Tensor lse, bool need_u, bool[] need_w, bool[] need_values, str backend)"
+    " -> (Tensor[] du, Tensor dc, Tensor[] dw, Tensor[] dvalues)",
 )
 
 
 @torch.library.impl("em3::qformer_attention", "default")
-def _forward(u, c, values, offsets, masks, batch, backend):
+def _forward(u, c, w, values, offsets, masks, batch, backend):
     _check_content(values, offsets)
-    args = (u, c, values, offsets, masks, batch)
+    args = (u, c, w, values, offsets, masks, batch)
     with _checks.no_autocast(values[0].device):
         return _dispatch.choose("qformer_attention", backend, args).forward(*args)
 
 
 @torch.library.impl("em3::qformer_attention_backward", "default")
-def _backward(dy, dmass, u, c, values, offsets, masks, y, mass, lse, need_u, need_values, backend):
+def _backward(dout, dmass, u, c, w, values, offsets, masks, y, o, mass, lse, need_u, need_w, need_values, backend):
     _check_content(values, offsets)
-    chosen = _dispatch.choose("qformer_attention", backend, (u, c, values, offsets, masks, lse.shape[1]))
+    chosen = _dispatch.choose("qformer_attention", backend, (u, c, w, values, offsets, masks, lse.shape[1]))
     with _checks.no_autocast(lse.device):
-        return chosen.backward(dy, dmass, u, c, values, offsets, masks, y, mass, lse, need_u, need_values)
+        return chosen.backward(
+            dout, dmass, u, c, w, values, offsets, masks, y, o, mass, lse, need_u, need_w, need_values
+        )
 
 
 def _check_content(values, offsets):
@@ -232,45 +232,52 @@ def _check_content(values, offsets):
 
 
 @torch.library.register_fake("em3::qformer_attention")
-def _forward_fake(u, c, values, offsets, masks, batch, backend):
+def _forward_fake(u, c, w, values, offsets, masks, batch, backend):
     h, _, q, _ = u[0].shape
     wide = torch.float64 if u[0].dtype == torch.float64 else torch.float32
     y = [x.new_empty(h, batch, q, x.shape[-1]) for x in values]
-    return y, u[0].new_empty(len(u), h, batch, q, dtype=wide), u[0].new_empty(h, batch, q, dtype=wide)
+    o, mass = u[0].new_empty(h, batch, q, w[0].shape[1]), u[0].new_empty(len(u), h, batch, q, dtype=wide)
+    return y, o, mass, u[0].new_empty(h, batch, q, dtype=wide)
 
 
 @torch.library.register_fake("em3::qformer_attention_backward")
-def _backward_fake(dy, dmass, u, c, values, offsets, masks, y, mass, lse, need_u, need_values, backend):
+def _backward_fake(dout, dmass, u, c, w, values, offsets, masks, y, o, mass, lse, need_u, need_w, need_values, backend):
     dc = lse.new_empty(len(u), *u[0].shape[:3])
-    dvalues = [x.new_empty(x.shape if need else (0,)) for x, need in zip(values, need_values, strict=True)]
-    return [x.new_empty(x.shape) for x in u], dc, dvalues
+    dw, dvalues = (
+        [t.new_empty(t.shape if need else (0,)) for t, need in zip(tensors, needs, strict=True)]
+        for tensors, needs in ((w, need_w), (values, need_values))
+    )
+    return [x.new_empty(x.shape) for x in u], dc, dw, dvalues
 
 
 def _setup_context(ctx, inputs, output):
-    u, c, values, offsets, masks, _, backend = inputs
-    y, mass, lse = output
-    ctx.mark_non_differentiable(lse)
+    u, c, w, values, offsets, masks, _, backend = inputs
+    y, o, mass, lse = output
+    ctx.mark_non_differentiable(*y, lse)
     ctx.set_materialize_grads(False)
     ctx.m, ctx.backend = len(u), backend
-    ctx.save_for_backward(*u, *values, *y, *offsets, *masks, c, mass, lse)
+    ctx.save_for_backward(*u, *w, *values, *y, *offsets, *masks, c, o, mass, lse)
 
 
-def _autograd(ctx, dy, dmass, _):
+def _autograd(ctx, _, dout, dmass, __):
     m, saved = ctx.m, ctx.saved_tensors
-    u, values, y, offsets, masks = (list(saved[i * m : (i + 1) * m]) for i in range(5))
-    c, mass, lse = saved[5 * m :]
+    u, w, values, y, offsets, masks = (list(saved[i * m : (i + 1) * m]) for i in range(6))
+    c, o, mass, lse = saved[6 * m :]
     need = ctx.needs_input_grad
-    dy = [torch.zeros_like(r) if g is None else g.contiguous() for g, r in zip(dy, y, strict=True)]
+    dout = torch.zeros_like(o) if dout is None else dout.contiguous()
     dmass = None if dmass is None else dmass.contiguous()
-    need_u = any(need[0]) or need[1]
-    du, dc, dvalues = torch.ops.em3.qformer_attention_backward(
-        dy, dmass, u, c, values, offsets, masks, y, mass, lse, need_u, list(need[2]), ctx.backend
-    )
+    du, dc, dw, dvalues = torch.ops.em3.qformer_attention_backward(
+        dout, dmass, u, c, w, values, offsets, masks, y, o, mass, lse, any(need[0]) or need[1], list(need[2]),
+        list(need[3]), ctx.backend,
+    )  # fmt: skip
     return (
-        [g if n else None for g, n in zip(du, need[0], strict=True)], dc if need[1] else None,
-        [g if n else None for g, n in zip(dvalues, need[2], strict=True)],
+        _wanted(du, need[0]), dc if need[1] else None, _wanted(dw, need[2]), _wanted(dvalues, need[3]),
         _no_gradient(offsets), _no_gradient(masks), None, None,
     )  # fmt: skip
+
+
+def _wanted(grads, need):
+    return [g if n else None for g, n in zip(grads, need, strict=True)]
 
 
 def _no_gradient(given):

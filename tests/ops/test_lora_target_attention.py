@@ -191,9 +191,10 @@ def test_opcheck(backend, offsets):
     u = torch.randn(2, 2, 3, 8, requires_grad=True)
     bank = torch.randn(9, 8, requires_grad=True)
     history = torch.randint(-1, 9, (2, 5) if offsets is None else (7,))
-    torch.library.opcheck(torch.ops.em3.lora_target_attention, (u, history, offsets, bank, backend))
-    y, lse = torch.ops.em3.lora_target_attention(u, history, offsets, bank, backend)
-    back = (torch.randn_like(y), u.detach(), history, offsets, bank.detach(), y.detach(), lse, True, True, backend)
+    w = torch.randn(2, 5, 8, requires_grad=True)
+    torch.library.opcheck(torch.ops.em3.lora_target_attention, (u, w, history, offsets, bank, backend))
+    y, o, lse = (t.detach() for t in torch.ops.em3.lora_target_attention(u, w, history, offsets, bank, backend))
+    back = (torch.randn_like(o), u.detach(), w.detach(), history, offsets, bank.detach(), y, o, lse, True, True, True, backend)
     torch.library.opcheck(torch.ops.em3.lora_target_attention_backward, back)
     torch.library.opcheck(torch.ops.em3.bank_rows, (history, 9))
 
@@ -202,12 +203,12 @@ def test_opcheck(backend, offsets):
 def test_a_row_number_outside_the_bank_is_never_read(backend):
     """What a GPU does without debug_checks, shown on the CPU with the check taken away: missing, not a wild read."""
     backend = _dispatch.module("lora_target_attention", backend)
-    u, bank = torch.randn(2, 1, 1, 4), torch.randn(5, 4)
+    u, w, bank = torch.randn(2, 1, 1, 4), torch.randn(2, 3, 4), torch.randn(5, 4)
     wild = torch.tensor([[1, 10**12, -(10**12), 4]])
     tame = torch.tensor([[1, -1, -1, 4]])
     for offsets, shape in ((None, (1, 4)), (torch.tensor([0, 4]), (4,))):
-        got = backend.forward(u, wild.view(shape), offsets, bank)
-        want = backend.forward(u, tame.view(shape), offsets, bank)
+        got = backend.forward(u, w, wild.view(shape), offsets, bank)
+        want = backend.forward(u, w, tame.view(shape), offsets, bank)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 

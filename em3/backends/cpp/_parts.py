@@ -39,8 +39,15 @@ def shares(lse: Tensor, batch: int, parts: int) -> tuple[Tensor, Tensor]:
 
 
 def joined(y: Tensor, share: Tensor) -> Tensor:
-    """``y [H, B * parts, Q, C]`` of the parts -> that of the items ``[H, B, Q, C]``."""
+    """What the parts have read, ``[H, B * parts, Q, C]`` -> what the items have, ``[H, B, Q, C]``."""
     return (y.view(*share.shape, y.shape[-1]) * share[..., None]).sum(2)
+
+
+def first(y: Tensor, parts: int) -> Tensor:
+    """What items have read, ``[H, B, Q, C]``, credited to the first of each one's parts: a sum over parts counts it once."""
+    spread = torch.zeros_like(y).repeat_interleave(parts, 1)
+    spread[:, ::parts] = y
+    return spread
 
 
 def empty(*shape: int) -> Tensor:

@@ -15,7 +15,7 @@ from . import _parts, unavailable
 __all__ = ["backward", "forward", "supports", "unavailable", "wins"]
 
 
-def supports(u: Tensor, history: Tensor, offsets: Tensor | None, bank: Tensor) -> str | None:
+def supports(u: Tensor, w: Tensor, history: Tensor, offsets: Tensor | None, bank: Tensor) -> str | None:
     if u.device.type != "cpu":
         return f"it computes on the CPU and the tensors are on {u.device}"
     for what, tensor in (("target", u), ("bank", bank)):
@@ -26,48 +26,55 @@ def supports(u: Tensor, history: Tensor, offsets: Tensor | None, bank: Tensor) -
     return None
 
 
-def wins(u: Tensor, history: Tensor, offsets: Tensor | None, bank: Tensor) -> bool:
+def wins(u: Tensor, w: Tensor, history: Tensor, offsets: Tensor | None, bank: Tensor) -> bool:
     # Forward and backward, AVX2, two threads, ms, this against the torch backend; H=4, one target a user, bank frozen:
     # B=64, N=200, C=D=256: 9.2 against 14.5; B=64, N=1000, C=D=128: 15.5, 34.2; B=2048, N=20, C=D=64: 10.7, 17.0; one user
     # with 10,000 events of 128: 5.9, 9.2. With gradient to the bank, the first: 22.0, 29.3. 16 targets, C=D=128: 15.5, 31.0.
     return True
 
 
-def forward(u: Tensor, history: Tensor, offsets: Tensor | None, bank: Tensor) -> tuple[Tensor, Tensor]:
+def forward(u: Tensor, w: Tensor, history: Tensor, offsets: Tensor | None,
+            bank: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     batch = u.shape[1]
     parts = _parts.count([history], [offsets], batch)
     if parts == 1:
-        return _forward(u, history, offsets, bank)
-    y, lse = _forward(u.repeat_interleave(parts, 1), *_parts.cut(history, offsets, parts), bank)
+        return _forward(u, w, history, offsets, bank)
+    y, o, lse = _forward(u.repeat_interleave(parts, 1), w, *_parts.cut(history, offsets, parts), bank)
     share, whole = _parts.shares(lse, batch, parts)
-    return _parts.joined(y, share), whole
+    return _parts.joined(y, share), _parts.joined(o, share), whole
 
 
-def _forward(u: Tensor, history: Tensor, offsets: Tensor | None, bank: Tensor) -> tuple[Tensor, Tensor]:
-    y, lse = _parts.empty(*u.shape), _parts.empty(*u.shape[:3])
+def _forward(u: Tensor, w: Tensor, history: Tensor, offsets: Tensor | None,
+             bank: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    y, o, lse = _parts.empty(*u.shape), _parts.empty(*u.shape[:3], w.shape[1]), _parts.empty(*u.shape[:3])
     cpp.compiled().lora_target_attention_forward(
-        *_inputs(u, history, offsets, bank), y, lse, torch.get_num_threads(), cpp.isa
+        *_inputs(u, w, history, offsets, bank), y, o, lse, torch.get_num_threads(), cpp.isa
     )
-    return y, lse
+    return y, o, lse
 
 
-def backward(dy: Tensor, u: Tensor, history: Tensor, offsets: Tensor | None, bank: Tensor, y: Tensor, lse: Tensor,
-             need_u: bool, need_bank: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+def backward(dout: Tensor, u: Tensor, w: Tensor, history: Tensor, offsets: Tensor | None, bank: Tensor, y: Tensor,
+             o: Tensor, lse: Tensor, need_u: bool, need_w: bool, need_bank: bool,
+             ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     parts = _parts.count([history], [offsets], u.shape[1])
     if parts == 1:
-        return _backward(dy, u, history, offsets, bank, y, lse, need_u, need_bank)
-    dy, of_parts, y, lse = (t.repeat_interleave(parts, 1) for t in (dy, u, y, lse))
-    du, dbank = _backward(dy, of_parts, *_parts.cut(history, offsets, parts), bank, y, lse, need_u, need_bank)
-    return du.unflatten(1, (-1, parts)).sum(2), dbank
+        return _backward(dout, u, w, history, offsets, bank, y, o, lse, need_u, need_w, need_bank)
+    y = _parts.first(y, parts)
+    dout, of_parts, o, lse = (t.repeat_interleave(parts, 1) for t in (dout, u, o, lse))
+    history, offsets = _parts.cut(history, offsets, parts)
+    du, dw, dbank = _backward(dout, of_parts, w, history, offsets, bank, y, o, lse, need_u, need_w, need_bank)
+    return du.unflatten(1, (-1, parts)).sum(2), dw, dbank
 
 
-def _backward(dy: Tensor, u: Tensor, history: Tensor, offsets: Tensor | None, bank: Tensor, y: Tensor, lse: Tensor,
-              need_u: bool, need_bank: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _backward(dout: Tensor, u: Tensor, w: Tensor, history: Tensor, offsets: Tensor | None, bank: Tensor, y: Tensor,
+              o: Tensor, lse: Tensor, need_u: bool, need_w: bool, need_bank: bool,
+              ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     du = _parts.empty(*u.shape) if need_u else None
+    dw = _parts.empty(*w.shape) if need_w else None
     dx = _parts.empty(*history.shape, bank.shape[1]) if need_bank else None  # a row for each place of the history
     cpp.compiled().lora_target_attention_backward(
-        dy.contiguous(), *_inputs(u, history, offsets, bank), y.contiguous(), lse.contiguous(), du, dx,
-        torch.get_num_threads(), cpp.isa,
+        dout.contiguous(), *_inputs(u, w, history, offsets, bank), y.contiguous(), o.contiguous(), lse.contiguous(),
+        du, dw, dx, torch.get_num_threads(), cpp.isa,
     )  # fmt: skip
     dbank = _parts.empty(0)
     if dx is not None:
@@ -75,11 +82,11 @@ def _backward(dy: Tensor, u: Tensor, history: Tensor, offsets: Tensor | None, ba
         rows, dx = history.flatten(), dx.flatten(0, -2)
         dbank = torch.zeros_like(bank, memory_format=torch.contiguous_format)
         dbank.index_add_(0, rows.clamp(min=0), dx)  # zeros, for no item
-    return torch.zeros_like(u) if du is None else du, dbank
+    return torch.zeros_like(u) if du is None else du, _parts.empty(0) if dw is None else dw, dbank
 
 
-def _inputs(u: Tensor, history: Tensor, offsets: Tensor | None, bank: Tensor) -> tuple:
+def _inputs(u: Tensor, w: Tensor, history: Tensor, offsets: Tensor | None, bank: Tensor) -> tuple:
     return (
-        u.contiguous(), history.contiguous(), None if offsets is None else offsets.contiguous(),
+        u.contiguous(), w.contiguous(), history.contiguous(), None if offsets is None else offsets.contiguous(),
         bank if bank.stride(-1) == 1 else bank.contiguous(),
     )  # fmt: skip

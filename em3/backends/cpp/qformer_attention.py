@@ -18,7 +18,7 @@ MAX_STREAMS = 8
 __all__ = ["backward", "forward", "supports", "unavailable", "wins"]
 
 
-def supports(u: list[Tensor], c: Tensor | None, values: list[Tensor], offsets: list[Tensor | None],
+def supports(u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Tensor], offsets: list[Tensor | None],
              masks: list[Tensor | None], batch: int) -> str | None:  # fmt: skip
     if values[0].device.type != "cpu":
         return f"it computes on the CPU and the tensors are on {values[0].device}"
@@ -31,7 +31,7 @@ def supports(u: list[Tensor], c: Tensor | None, values: list[Tensor], offsets: l
     return None
 
 
-def wins(u: list[Tensor], c: Tensor | None, values: list[Tensor], offsets: list[Tensor | None],
+def wins(u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Tensor], offsets: list[Tensor | None],
          masks: list[Tensor | None], batch: int) -> bool:  # fmt: skip
     # Also for a single item, whose tokens are shared out in parts. Forward and backward at B=1, C=D=512, H=8, AVX2 on two
     # threads, tokens frozen / with gradient, ms, this against the torch backend: N=1024, Q=4: 4.1 / 4.7 against 4.4 /
@@ -40,65 +40,71 @@ def wins(u: list[Tensor], c: Tensor | None, values: list[Tensor], offsets: list[
     return True
 
 
-def forward(u: list[Tensor], c: Tensor | None, values: list[Tensor], offsets: list[Tensor | None],
-            masks: list[Tensor | None], batch: int) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
+def forward(u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Tensor], offsets: list[Tensor | None],
+            masks: list[Tensor | None], batch: int) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:  # fmt: skip
     parts = _parts.count(values, offsets, batch)
     if parts == 1:
-        return _forward(u, c, values, offsets, masks, batch)
+        return _forward(u, c, w, values, offsets, masks, batch)
     u, c = _of_parts(u, c, parts)
     values, offsets, masks = _cut(values, offsets, masks, parts)
-    y, mass, lse = _forward(u, c, values, offsets, masks, batch * parts)
+    y, o, mass, lse = _forward(u, c, w, values, offsets, masks, batch * parts)
     share, whole = _parts.shares(lse, batch, parts)
-    return [_parts.joined(t, share) for t in y], (mass.view(len(y), *share.shape) * share).sum(3), whole
+    mass = (mass.view(len(y), *share.shape) * share).sum(3)
+    return [_parts.joined(t, share) for t in y], _parts.joined(o, share), mass, whole
 
 
-def _forward(u: list[Tensor], c: Tensor | None, values: list[Tensor], offsets: list[Tensor | None],
-             masks: list[Tensor | None], batch: int) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
+def _forward(u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Tensor], offsets: list[Tensor | None],
+             masks: list[Tensor | None], batch: int) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:  # fmt: skip
     h, _, q, _ = u[0].shape
     y = [_parts.empty(h, batch, q, x.shape[-1]) for x in values]
-    mass, lse = _parts.empty(len(u), h, batch, q), _parts.empty(h, batch, q)
+    o, mass, lse = (_parts.empty(*s) for s in ((h, batch, q, w[0].shape[1]), (len(u), h, batch, q), (h, batch, q)))
     cpp.compiled().qformer_attention_forward(
-        *_inputs(u, c, values, offsets, masks), y, mass, lse, torch.get_num_threads(), cpp.isa
+        *_inputs(u, c, w, values, offsets, masks), y, o, mass, lse, torch.get_num_threads(), cpp.isa
     )
-    return y, mass, lse
+    return y, o, mass, lse
 
 
-def backward(dy: list[Tensor], dmass: Tensor | None, u: list[Tensor], c: Tensor | None, values: list[Tensor],
-             offsets: list[Tensor | None], masks: list[Tensor | None], y: list[Tensor], mass: Tensor, lse: Tensor,
-             need_u: bool, need_values: list[bool]) -> tuple[list[Tensor], Tensor, list[Tensor]]:  # fmt: skip
-    batch = lse.shape[1]
+def backward(dout: Tensor, dmass: Tensor | None, u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Tensor],
+             offsets: list[Tensor | None], masks: list[Tensor | None], y: list[Tensor], o: Tensor, mass: Tensor,
+             lse: Tensor, need_u: bool, need_w: list[bool], need_values: list[bool],
+             ) -> tuple[list[Tensor], Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+    batch, need = lse.shape[1], (need_u, need_w, need_values)
     parts = _parts.count(values, offsets, batch)
     if parts == 1:
-        return _backward(dy, dmass, u, c, values, offsets, masks, y, mass, lse, need_u, need_values)
+        return _backward(dout, dmass, u, c, w, values, offsets, masks, y, o, mass, lse, *need)
     # Every part gets what belongs to its whole item, and contributes what its tokens add to the sums.
     shapes = [x.shape for x in values]
     u, c = _of_parts(u, c, parts)
     values, offsets, masks = _cut(values, offsets, masks, parts)
-    du, dc, dx = _backward(
-        [t.repeat_interleave(parts, 1) for t in dy], None if dmass is None else dmass.repeat_interleave(parts, 2),
-        u, c, values, offsets, masks, [t.repeat_interleave(parts, 1) for t in y],
-        mass.repeat_interleave(parts, 2), lse.repeat_interleave(parts, 1), need_u, need_values,
-    )  # fmt: skip
+    dout, o, lse = (t.repeat_interleave(parts, 1) for t in (dout, o, lse))
+    dmass, mass = (None if t is None else t.repeat_interleave(parts, 2) for t in (dmass, mass))
+    y = [_parts.first(t, parts) for t in y]
+    du, dc, dw, dx = _backward(dout, dmass, u, c, w, values, offsets, masks, y, o, mass, lse, *need)
     if u[0].shape[1] > 1:
         du, dc = [t.unflatten(1, (batch, parts)).sum(2) for t in du], dc.unflatten(2, (batch, parts)).sum(3)
-    return du, dc, [g.view(shape) if n else g for g, shape, n in zip(dx, shapes, need_values, strict=True)]
+    return du, dc, dw, [g.view(shape) if n else g for g, shape, n in zip(dx, shapes, need_values, strict=True)]
 
 
-def _backward(dy: list[Tensor], dmass: Tensor | None, u: list[Tensor], c: Tensor | None, values: list[Tensor],
-              offsets: list[Tensor | None], masks: list[Tensor | None], y: list[Tensor], mass: Tensor, lse: Tensor,
-              need_u: bool, need_values: list[bool]) -> tuple[list[Tensor], Tensor, list[Tensor]]:  # fmt: skip
+def _backward(dout: Tensor, dmass: Tensor | None, u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Tensor],
+              offsets: list[Tensor | None], masks: list[Tensor | None], y: list[Tensor], o: Tensor, mass: Tensor,
+              lse: Tensor, need_u: bool, need_w: list[bool], need_values: list[bool],
+              ) -> tuple[list[Tensor], Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     du, dc = [_parts.empty(*x.shape) for x in u], _parts.empty(len(u), *u[0].shape[:3])
-    dx = [_parts.empty(*x.shape) if need else _parts.empty(0) for x, need in zip(values, need_values, strict=True)]
+    dw, dx = (
+        [_parts.empty(*t.shape) if n else _parts.empty(0) for t, n in zip(tensors, needs, strict=True)]
+        for tensors, needs in ((w, need_w), (values, need_values))
+    )
     if not need_u:
         for unwanted in (*du, dc):
             unwanted.zero_()
     cpp.compiled().qformer_attention_backward(
-        [g.contiguous() for g in dy], None if dmass is None else dmass.contiguous(),
-        *_inputs(u, c, values, offsets, masks), [r.contiguous() for r in y], mass.contiguous(), lse.contiguous(),
-        du if need_u else None, dc if need_u else None,
-        [g if need else None for g, need in zip(dx, need_values, strict=True)], torch.get_num_threads(), cpp.isa,
+        dout.contiguous(), None if dmass is None else dmass.contiguous(), *_inputs(u, c, w, values, offsets, masks),
+        [r.contiguous() for r in y], o.contiguous(), mass.contiguous(), lse.contiguous(), du if need_u else None,
+        dc if need_u else None, *([g if n else None for g, n in zip(grads, needs, strict=True)]
+                                  for grads, needs in ((dw, need_w), (dx, need_values))),
+        torch.get_num_threads(), cpp.isa,
     )  # fmt: skip
-    return du, dc, dx
+    return du, dc, dw, dx
 
 
 def _cut(values: list[Tensor], offsets: list[Tensor | None], masks: list[Tensor | None],
@@ -114,11 +120,11 @@ def _of_parts(u: list[Tensor], c: Tensor | None, parts: int) -> tuple[list[Tenso
     return [t.repeat_interleave(parts, 1) for t in u], None if c is None else c.repeat_interleave(parts, 2)
 
 
-def _inputs(u: list[Tensor], c: Tensor | None, values: list[Tensor], offsets: list[Tensor | None],
+def _inputs(u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Tensor], offsets: list[Tensor | None],
             masks: list[Tensor | None]) -> tuple:  # fmt: skip
     """As the kernel reads them: everything contiguous, but of the tokens only the elements of each."""
     return (
-        [x.contiguous() for x in u], None if c is None else c.contiguous(),
+        [x.contiguous() for x in u], None if c is None else c.contiguous(), [t.contiguous() for t in w],
         [x if x.stride(-1) == 1 else x.contiguous() for x in values],
         *([None if t is None else t.contiguous() for t in given] for given in (offsets, masks)),
     )  # fmt: skip

@@ -26,16 +26,38 @@ def wins(*args: object) -> bool:
     return True
 
 
-def forward(u: list[Tensor], c: Tensor | None, values: list[Tensor], offsets: list[Tensor | None],
-            masks: list[Tensor | None], batch: int) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
-    return attend([Rows(*s) for s in zip(values, offsets, masks, strict=True)], u, c, batch)
+def forward(u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Tensor], offsets: list[Tensor | None],
+            masks: list[Tensor | None], batch: int) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:  # fmt: skip
+    y, mass, lse = attend([Rows(*s) for s in zip(values, offsets, masks, strict=True)], u, c, batch)
+    return y, project(y, w), mass, lse
 
 
-def backward(dy: list[Tensor], dmass: Tensor | None, u: list[Tensor], c: Tensor | None, values: list[Tensor],
-             offsets: list[Tensor | None], masks: list[Tensor | None], y: list[Tensor], mass: Tensor, lse: Tensor,
-             need_u: bool, need_values: list[bool]) -> tuple[list[Tensor], Tensor, list[Tensor]]:  # fmt: skip
+def backward(dout: Tensor, dmass: Tensor | None, u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Tensor],
+             offsets: list[Tensor | None], masks: list[Tensor | None], y: list[Tensor], o: Tensor, mass: Tensor,
+             lse: Tensor, need_u: bool, need_w: list[bool], need_values: list[bool],
+             ) -> tuple[list[Tensor], Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     streams = [Rows(*s) for s in zip(values, offsets, masks, strict=True)]
-    return attend_backward(streams, dy, dmass, u, c, y, mass, lse, need_u, need_values)
+    dy, dw = project_backward(dout, y, w, need_w)
+    du, dc, dx = attend_backward(streams, dy, dmass, u, c, y, mass, lse, need_u, need_values)
+    return du, dc, dw, dx
+
+
+def project(y: list[Tensor], w: list[Tensor]) -> Tensor:
+    """``o [H, B, Q, E] = sum_m y_m w_m^T`` of ``y[m] [H, B, Q, C_m]`` and ``w[m] [H, E, C_m]``."""
+    parts = [torch.bmm(a.flatten(1, 2), b.transpose(1, 2)) for a, b in zip(y, w, strict=True)]
+    return functools.reduce(torch.add, parts).unflatten(1, y[0].shape[1:3])
+
+
+def project_backward(dout: Tensor, y: list[Tensor], w: list[Tensor],
+                     need_w: list[bool]) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+    """Gradients to ``y`` and to the ``w`` asked for (an empty tensor for the others)."""
+    rows = dout.flatten(1, 2)  # [H, B * Q, E]
+    dy = [torch.bmm(rows, b).view_as(a) for a, b in zip(y, w, strict=True)]
+    dw = [
+        torch.bmm(rows.transpose(1, 2), a.flatten(1, 2)) if need else a.new_empty(0)
+        for a, need in zip(y, need_w, strict=True)
+    ]
+    return dy, dw
 
 
 def attend(streams: list[Rows], u: list[Tensor], c: Tensor | None, batch: int) -> tuple[list[Tensor], Tensor, Tensor]:
