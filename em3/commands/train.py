@@ -27,8 +27,10 @@ def run(args: argparse.Namespace) -> int:
         import torch
 
         from ..train import config as configs
+        from ..train.allocator import keep_freed_memory
         from ..train.run import CONFIG, Run
 
+        keep_freed_memory()
         if args.threads:
             torch.set_num_threads(args.threads)
         if args.resume:

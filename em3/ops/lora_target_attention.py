@@ -259,12 +259,15 @@ def _setup_context(ctx, inputs, output):
     u, w, history, offsets, bank, backend = inputs
     y, o, lse = output
     ctx.mark_non_differentiable(y, lse)
+    ctx.set_materialize_grads(False)
     ctx.backend = backend
     ctx.save_for_backward(u, w, history, offsets, bank, y, o, lse)
 
 
 def _autograd(ctx, _, dout, __):
     need_u, need_w, _, _, need_bank, _ = ctx.needs_input_grad
+    if dout is None:
+        return (None,) * 6
     du, dw, dbank = torch.ops.em3.lora_target_attention_backward(
         dout.contiguous(), *ctx.saved_tensors, need_u, need_w, need_bank, ctx.backend
     )

@@ -107,8 +107,10 @@ def _mark(name: str) -> float:
 
 def _memory_of(folder: str, arm: str, threads: str) -> None:
     from . import config
+    from .allocator import keep_freed_memory
     from .run import CONFIG, Run
 
+    keep_freed_memory()
     torch.set_num_threads(int(threads))
     run = Run(config.load([Path(folder) / CONFIG]), Path(folder), lambda *at: None)
     training = run.training(arm, run.config.seeds[0])
