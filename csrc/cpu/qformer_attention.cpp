@@ -7,6 +7,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "parallel.h"
 
@@ -192,24 +193,23 @@ Packed pack_u(const Shape& shape, const std::vector<Stream>& streams, const Kern
   return packed;
 }
 
-// w transposed head by head, [C, E], for o = w y.
-Packed pack_w(const Shape& shape, const std::vector<ForwardStream>& streams, const KernelTable& table) {
+// w head by head: transposed, [C, E], for o = w y; as it is, [E, C], for dy = dout w.
+template <class Stream>
+Packed pack_w(const Shape& shape, const std::vector<Stream>& streams, const KernelTable& table, int threads) {
+  constexpr bool kTransposed = std::is_same<Stream, ForwardStream>::value;
   Packed packed(streams.size());
   for (std::size_t m = 0; m < streams.size(); ++m) {
-    const int64_t C = streams[m].tokens.C, step = table.padded_rows(shape.E) * C;
+    const int64_t C = streams[m].tokens.C, E = shape.E;
+    const int64_t step = kTransposed ? table.padded_rows(E) * C : table.padded_rows(C) * E;
     float* const out = packed.room(m, shape.H * step);
-    for (int64_t h = 0; h < shape.H; ++h) pack_rows(table, streams[m].w + h * shape.E * C, shape.E, C, out + h * step);
-  }
-  return packed;
-}
-
-// w as it is, [E, C] a head, for dy = dout w.
-Packed pack_w(const Shape& shape, const std::vector<BackwardStream>& streams, const KernelTable& table) {
-  Packed packed(streams.size());
-  for (std::size_t m = 0; m < streams.size(); ++m) {
-    const int64_t C = streams[m].tokens.C, step = table.padded_rows(C) * shape.E;
-    float* const out = packed.room(m, shape.H * step);
-    for (int64_t h = 0; h < shape.H; ++h) table.pack_wide(streams[m].w + h * shape.E * C, shape.E, C, out + h * step);
+    parallel_for(threads, static_cast<int>(shape.H), [&](int h) {
+      const float* const w = streams[m].w + h * E * C;
+      if (kTransposed) {
+        pack_rows(table, w, E, C, out + h * step);
+      } else {
+        table.pack_wide(w, E, C, out + h * step);
+      }
+    });
   }
   return packed;
 }
@@ -283,7 +283,7 @@ void qformer_attention_forward(const Shape& shape, const std::vector<ForwardStre
   check(shape, streams);
   if (shape.B == 0 || shape.K() == 0) return;
   const KernelTable& table = kernels(isa);
-  const Packed packed_u = pack_u(shape, streams, table, threads), packed_w = pack_w(shape, streams, table);
+  const Packed packed_u = pack_u(shape, streams, table, threads), packed_w = pack_w(shape, streams, table, threads);
   const ForwardJob job{shape, streams.data(), static_cast<int>(streams.size()), o, lse, packed_u.pointers.data(),
                        packed_w.pointers.data()};
   const auto scratch = static_cast<std::size_t>(table.forward_scratch(job));
@@ -300,7 +300,7 @@ void qformer_attention_backward(const Shape& shape, const std::vector<BackwardSt
   check(shape, streams);
   for (const BackwardStream& s : streams) clear_unowned(shape, s);
   const KernelTable& table = kernels(isa);
-  const Packed packed_u = pack_u(shape, streams, table, threads), packed_w = pack_w(shape, streams, table);
+  const Packed packed_u = pack_u(shape, streams, table, threads), packed_w = pack_w(shape, streams, table, threads);
   const BackwardJob job{shape, streams.data(), static_cast<int>(streams.size()), dout, o, lse,
                         packed_u.pointers.data(), packed_w.pointers.data()};
   const auto scratch = static_cast<std::size_t>(table.backward_scratch(job));

@@ -455,13 +455,14 @@ static TileScratch make_tile_scratch(Arena& arena, const Stream* streams, int M)
 }
 
 // Items whose products with the value weights are done together: their rows of y, or of dy, take up to a quarter of a
-// 512 KB level-2 cache, unless one item's take more.
+// 512 KB level-2 cache, but there are enough of them that reading the weights again each time costs little.
 template <class Stream>
 static int64_t items_together(const Shape& shape, const Stream* streams, int M) {
+  constexpr int64_t kFloats = 1 << 15, kLeastRows = 32, kMost = 64;
   int64_t floats = 1;
   for (int m = 0; m < M; ++m) floats += shape.K() * round_up(streams[m].tokens.C, kVec);
-  const int64_t items = (int64_t{1} << 15) / floats;
-  return items < 1 ? 1 : items > 64 ? 64 : items;
+  const int64_t fit = kFloats / floats, least = (kLeastRows + shape.Q - 1) / (shape.Q > 0 ? shape.Q : 1);
+  return smaller(fit > least ? fit : least, kMost);
 }
 
 // ---- forward -------------------------------------------------------------------------------------------------------
