@@ -118,9 +118,14 @@ def choose_archs(nvcc: str) -> tuple[list[str], list[str]]:
     return archs, unknown
 
 
-def is_stale(job: Job) -> bool:
+def words_file(job: Job, stage: Path) -> Path:
+    """Where the plain loop keeps the words it ran: not beside the output, for all beside em3._C is installed with it."""
+    return stage / f"{job.output.parent.name}-{job.output.name}.cmd"
+
+
+def is_stale(job: Job, stage: Path) -> bool:
     """Whether the plain loop must run the job again: other words, or an input or header newer than the output."""
-    words = job.output.with_name(job.output.name + ".cmd")
+    words = words_file(job, stage)
     if not job.output.exists() or not words.exists() or words.read_text() != shlex.join(job.command):
         return True
     inputs = list(job.inputs)
@@ -137,10 +142,11 @@ def run_jobs(jobs: list[Job], stage: Path) -> None:
     stage.mkdir(parents=True, exist_ok=True)
     ninja = find_ninja()
     if ninja is None:
-        for job in filter(is_stale, jobs):
-            print(shlex.join(job.command), flush=True)
-            subprocess.run(job.command, check=True, cwd=ROOT)
-            job.output.with_name(job.output.name + ".cmd").write_text(shlex.join(job.command))
+        for job in jobs:
+            if is_stale(job, stage):
+                print(shlex.join(job.command), flush=True)
+                subprocess.run(job.command, check=True, cwd=ROOT)
+                words_file(job, stage).write_text(shlex.join(job.command))
         return
 
     def path(p: object) -> str:
