@@ -77,7 +77,7 @@ def backward(dout: Tensor, dmass: Tensor | None, u: list[Tensor], c: Tensor | No
     u, c = _of_parts(u, c, parts)
     values, offsets, masks = _cut(values, offsets, masks, parts)
     dout, o, lse = (t.repeat_interleave(parts, 1) for t in (dout, o, lse))
-    dmass, mass = (None if t is None else t.repeat_interleave(parts, 2) for t in (dmass, mass))
+    mass, dmass = mass.repeat_interleave(parts, 2), None if dmass is None else dmass.repeat_interleave(parts, 2)
     y = [_parts.first(t, parts) for t in y]
     du, dc, dw, dx = _backward(dout, dmass, u, c, w, values, offsets, masks, y, o, mass, lse, *need)
     if u[0].shape[1] > 1:
