@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import zlib
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -40,3 +42,13 @@ def seed(request: pytest.FixtureRequest) -> int:
 @pytest.fixture(autouse=True)
 def _seeded(seed: int) -> None:
     """Every test starts from its own seed."""
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """The same bits in every process that takes one thread too; and no handler of a run stays behind."""
+    threads, handlers = torch.get_num_threads(), list(logging.getLogger("em3").handlers)
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    logging.getLogger("em3").handlers[:] = handlers

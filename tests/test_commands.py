@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 for package in ("pyarrow", "PIL", "sklearn", "matplotlib", "omegaconf", "safetensors", "tokenizers", "tqdm"):
     pytest.importorskip(package, reason=f"{package} is not installed")
@@ -25,21 +22,14 @@ from em3.train.config import ARMS
 from em3.train.loop import TrainingError
 from em3.train.report.summary import RunSummary
 
-SETTINGS = """
-arms: [id_only, two_stage, em3, em3_mean_tokens, em3_no_lora, em3_no_contrast]
-encoder: {width: 16, height: 32, width_pixels: 32, epochs: 1}
-model: {id_dim: 8, hidden: [16], content_dim: 8, dim: 8, num_queries: 2, num_heads: 2, rank: 2}
-train: {epochs: 3, batch_size: 256, checkpoint_every: 10, log_every: 5, refresh_every: 20}
-"""
+from .train.small import SMALL
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads, handlers = torch.get_num_threads(), list(logging.getLogger("em3").handlers)
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    logging.getLogger("em3").handlers[:] = handlers
+SETTINGS = "\n".join([
+    "arms: [id_only, two_stage, em3, em3_mean_tokens, em3_no_lora, em3_no_contrast]",
+    "train: {epochs: 3, batch_size: 256, checkpoint_every: 10, log_every: 5, refresh_every: 20}",
+    *(word.replace("=", ": ", 1) for word in SMALL),
+])  # fmt: skip
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

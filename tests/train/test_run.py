@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
-import logging
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +25,11 @@ from em3.train.embed import embed
 from em3.train.report.summary import RunSummary
 from em3.train.run import Run
 
+from .small import SMALL
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = [
-    "seeds=[3]", "arms=[em3]", "encoder.width=16", "encoder.height=32", "encoder.width_pixels=32", "encoder.epochs=1",
-    "model.id_dim=8", "model.hidden=[16]", "model.content_dim=8", "model.dim=8", "model.num_queries=2",
-    "model.num_heads=2", "model.rank=2", "train.epochs=2", "train.batch_size=64", "train.checkpoint_every=3",
+    *SMALL, "seeds=[3]", "arms=[em3]", "train.epochs=2", "train.batch_size=64", "train.checkpoint_every=3",
     "train.log_every=2", "train.refresh_every=3", "history_length=10",
 ]  # fmt: skip
 WORDS = ["red", "green", "blue", "lamp", "chair", "kettle", "large", "small"]
@@ -63,16 +62,6 @@ def write_catalogue(folder: Path, *, unknown_item: bool = False) -> None:
             rows.writerow([f"u{row // 3 % 25}", f"thing-{item}", int(rng.random() < 0.4), 1000 + row // 3, row // 3])
         if unknown_item:
             rows.writerow(["u1", "thing-99", 1, 2000, 301])
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The same bits in every process; and no handler of a run stays behind."""
-    threads, handlers = torch.get_num_threads(), list(logging.getLogger("em3").handlers)
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    logging.getLogger("em3").handlers[:] = handlers
 
 
 @pytest.fixture(scope="module")
