@@ -1,4 +1,5 @@
-"""The command `em3`. A command is one module with `add_arguments(parser)` and `run(args) -> int`, and one line below.
+"""The command `em3`. A command is one module with `add_arguments(parser)` and `run(args) -> int`, and one line below;
+one that has subcommands names them in `SUBCOMMANDS`.
 
 Only the module of the command that was asked for is imported, so that `em3 env` works where another command's extra
 is missing.
@@ -49,8 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     module = importlib.import_module(COMMANDS[name][0])
     of_command = argparse.ArgumentParser(prog=f"em3 {name}", description=COMMANDS[name][1])
     module.add_arguments(of_command)
+    # Words before, between and after options; argparse refuses that beside subcommands, which take single words only.
+    parse = of_command.parse_args if hasattr(module, "SUBCOMMANDS") else of_command.parse_intermixed_args
     try:
-        status: int = module.run(of_command.parse_args(argv[first + 1 :]))
+        status: int = module.run(parse(argv[first + 1 :]))
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, `head` for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end

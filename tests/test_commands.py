@@ -159,6 +159,25 @@ def test_complaints(trained: tuple[Path, str, str], catalogue: Path, tmp_path: P
     assert not list(tmp_path.glob("e.*"))
 
 
+def test_words_and_options_in_any_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    none, out = tmp_path / "none", tmp_path / "r"
+    for words, message in [
+        (["train", "seeds=[0]", "--data", none, "arms=[em3]", "--out", out, "model.rank=2"], "none: must be a folder"),
+        (["train", "--data", none, "seeds=[0]", "--out", out, "oops"], "oops: must be key=value"),
+        (["evaluate", none, "--split", "valid"], "config.yaml"),
+        (["evaluate", "--split", "valid", none], "config.yaml"),
+        (["embed", "--items", none, none, "--out", "e.npy"], "config.yaml"),
+        (["data", "make", "--items", "3", none], "num_items: was 3"),
+        (["data", "make", none, "--items", "3"], "num_items: was 3"),
+        (["data", "show", "--posters", none, none], "none: must be a folder"),
+    ]:
+        assert message in complaint(words, capsys), words
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--data", str(none), "--oops"])
+    assert stop.value.code == 2
+    assert "unrecognized arguments: --oops" in capsys.readouterr().err
+
+
 def test_a_store_cut_off(trained: tuple[Path, str, str], tmp_path: Path) -> None:
     """The exit status and that there is no traceback, in a process of its own."""
     folder = tmp_path / "run"

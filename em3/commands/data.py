@@ -7,9 +7,11 @@ from pathlib import Path
 
 from .progress import complaints
 
+SUBCOMMANDS = "make | show"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", required=True, metavar="make | show")
+    actions = parser.add_subparsers(dest="action", required=True, metavar=SUBCOMMANDS)
     make = actions.add_parser("make", help="the synthetic catalogue: rendered pictures, written titles, known click odds")
     make.add_argument("folder", type=Path)
     make.add_argument("--items", type=int, default=2000)
