@@ -22,6 +22,7 @@ from em3.train.config import ARMS
 from em3.train.loop import TrainingError
 from em3.train.report.summary import RunSummary
 
+from .data.test_readers import SEEN, movielens_latest
 from .train.small import SMALL
 
 SETTINGS = "\n".join([
@@ -133,6 +134,23 @@ def test_show(catalogue: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert re.match(r"010 #1: 300 items, \d+ users, [\d,]+ events\n", out)
     assert re.search(r"  train: 9,600 rows, \d\d\.\d% of them clicked, \d\.\d% of cold items\n", out)
+
+
+@pytest.mark.filterwarnings("error")  # of numpy, about the mean of nothing
+def test_show_what_has_no_test_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "items.csv").write_text("item\na\nb\n")
+    (tmp_path / "interactions.csv").write_text("user,item,label,timestamp,split\nu,a,1,5,train\nu,b,0,6,valid\n")
+    assert main(["data", "show", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.endswith("valid: 1 rows, 0.0% of them clicked, 100.0% of cold items\n  test: 0 rows\n")
+
+
+def test_show_some_of_a_users_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    movielens_latest(tmp_path)
+    for words, rows in ([], 5 * len(SEEN)), (["--requests-per-user", "2"], 5 * 2 * 30):
+        assert main(["data", "show", str(tmp_path), *words]) == 0
+        found = re.findall(r"(\d+) rows", capsys.readouterr().out.replace(",", ""))
+        assert sum(map(int, found)) == rows
+    assert "per_user: was 0, must be 1 or more" in complaint(["data", "show", tmp_path, "--requests-per-user", "0"], capsys)
 
 
 def test_complaints(trained: tuple[Path, str, str], catalogue: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,32 +20,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show = actions.add_parser("show", help="read a catalogue, check it, and say what is in it")
     show.add_argument("folder", type=Path)
     show.add_argument("--posters", type=Path, help="folder of pictures, for MovieLens")
+    show.add_argument("--requests-per-user", type=int, help="at most so many, for MovieLens")
 
 
 def run(args: argparse.Namespace) -> int:
     with complaints():
-        if args.action == "make":
-            from ..data.catalogue import make
-
-            try:
-                make(args.folder, num_items=args.items, num_users=args.users, seed=args.seed, progress=True)
-            except ValueError as error:  # a number out of range, or a folder that holds something
-                raise SystemExit(f"em3: {error}") from error
-            print(args.folder)
-        else:
-            _show(args)
+        try:
+            if args.action == "make":
+                _make(args)
+            else:
+                _show(args)
+        except ValueError as error:  # a number out of range, a folder that holds something, data that cannot be used
+            raise SystemExit(f"em3: {error}") from error
     return 0
+
+
+def _make(args: argparse.Namespace) -> None:
+    from ..data.catalogue import make
+
+    make(args.folder, num_items=args.items, num_users=args.users, seed=args.seed, progress=True)
+    print(args.folder)
 
 
 def _show(args: argparse.Namespace) -> None:
     from ..data.open import open_data
     from ..data.table import SPLITS
 
-    data = open_data(args.folder, args.posters)
+    data = open_data(args.folder, args.posters, args.requests_per_user)
     items, rows = data.items, data.rows
     print(f"{data.name}: {len(items.ids):,} items, {data.num_users:,} users, {len(data.events.user):,} events")
     print(f"  {sum(p is not None for p in items.pictures):,} items with a picture, {sum(map(bool, items.texts)):,} with a text")
     for split in SPLITS:
         of_split = data.of_split(split)
         label, cold = rows.label[of_split], rows.cold[of_split]
-        print(f"  {split}: {len(of_split):,} rows, {label.mean():.1%} of them clicked, {cold.mean():.1%} of cold items")
+        shares = f", {label.mean():.1%} of them clicked, {cold.mean():.1%} of cold items" if len(of_split) else ""
+        print(f"  {split}: {len(of_split):,} rows{shares}")

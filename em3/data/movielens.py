@@ -22,7 +22,7 @@ GENRES_100K = (
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
 
-def read(folder: Path, posters: Path | None = None, *, per_user: int | None = None, seed: int = 0) -> RankingData:
+def read(folder: Path, posters: Path | None = None, *, per_user: int | None = None) -> RankingData:
     """All ratings as events, whatever the rating, and one request for each of them.
 
     Args:
@@ -31,7 +31,6 @@ def read(folder: Path, posters: Path | None = None, *, per_user: int | None = No
             ``tt`` and its zeros in front); .jpg, .jpeg, .png or .webp. All must be named in the same way: it is the one
             that fits most files.
         per_user: at most so many requests a user; 25 million ratings make 125 million rows without it.
-        seed: of the draws that make the requests.
 
     Raises:
         DataError: naming file, row and column, or the folder of posters where no file's name fits.
@@ -47,7 +46,7 @@ def read(folder: Path, posters: Path | None = None, *, per_user: int | None = No
     films = ratings.strings("movieId").take(order)
     events = known_events(ratings.path, user[order], number(films, ids), time[order], films)
     return RankingData("movielens", Items(ids, texts, pictures), num_users, events,
-                       make_requests(events, per_user=per_user, seed=seed))  # fmt: skip
+                       make_requests(events, per_user=per_user))  # fmt: skip
 
 
 def _layout_100k(folder: Path) -> tuple[Table, list[str], list[str]]:

@@ -20,7 +20,7 @@ CHOICES = {
 }
 # Numbers, and the least that they may be.
 LEAST = {
-    "history_length": 1, "seeds": 0, "encoder.last_n": 1, "encoder.rank": 1, "encoder.epochs": 0,
+    "requests_per_user": 1, "history_length": 1, "seeds": 0, "encoder.last_n": 1, "encoder.rank": 1, "encoder.epochs": 0,
     "model.id_dim": 1, "model.hidden": 1, "model.content_dim": 1, "model.num_queries": 1, "model.dim": 1,
     "model.num_layers": 1, "model.num_heads": 1, "model.rank": 0, "model.contrast_weight": 0, "train.epochs": 1,
     "train.batch_size": 1, "train.lr": 0, "train.warmup_steps": 0, "train.weight_decay": 0, "train.refresh_every": 1,
@@ -90,6 +90,7 @@ class Config:
 
     data: str = "???"  # folder of the catalogue
     posters: str | None = None  # folder of pictures, for MovieLens
+    requests_per_user: int | None = None  # at most so many, drawn at random, for MovieLens; all by default
     history_length: int = 200
     tokens: str | None = None  # a token store to use; made in the run folder by default
     arms: list[str] = field(default_factory=lambda: ["id_only", "two_stage", "em3"])
@@ -191,7 +192,7 @@ def _check(config: Config) -> None:
     for key, least in LEAST.items():
         value = _value(config, key)
         for number in value if isinstance(value, list) else [value]:
-            if not number >= least:  # nor NaN
+            if number is not None and not number >= least:  # nor NaN
                 raise ConfigError(f"{key}: was {value}, must be at least {least}")
     for key in ("model.dropout", "model.id_dropout", "model.content_id_dropout"):
         if not 0 <= _value(config, key) <= 1:

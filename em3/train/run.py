@@ -60,7 +60,7 @@ class Run:
         self.config, self.folder, self.progress = config, folder, progress
         self.warnings = Warnings()
         logging.getLogger("em3").addHandler(self.warnings)
-        self.data: RankingData = open_data(config.data, config.posters)
+        self.data: RankingData = open_data(config.data, config.posters, config.requests_per_user)
         self.batches = Batches(self.data, config.history_length)
         _claim(folder, config)  # not before: a folder would stay that of a misspelt --data
         self.store = self._tokens()

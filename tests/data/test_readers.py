@@ -363,34 +363,6 @@ def test_empty_and_ragged_files(tmp_path: Path) -> None:
         open_data(folder)
 
 
-# Which layout?
-
-
-def test_unknown_folders(tmp_path: Path) -> None:
-    (tmp_path / "clicks.tsv").write_text("")
-    with pytest.raises(DataError, match=r"Looked for ratings\.csv, movies\.csv, impressions\.parquet .*u\.data.*interactions.*It holds clicks\.tsv"):
-        open_data(tmp_path)
-    with pytest.raises(DataError, match="must be a folder of data, is not there"):
-        open_data(tmp_path / "nowhere")
-    with pytest.raises(DataError, match="must be a folder of data, is a file"):
-        open_data(tmp_path / "clicks.tsv")
-
-
-def test_half_a_layout(tmp_path: Path) -> None:
-    write(tmp_path / "items.csv", ITEMS)
-    with pytest.raises(DataError, match=r"must hold one of interactions\.parquet and interactions\.csv, has neither"):
-        open_data(tmp_path)
-    general(tmp_path, kind="csv")
-    general(tmp_path, kind="parquet")
-    with pytest.raises(DataError, match=r"interactions\.parquet and interactions\.csv, has both"):
-        open_data(tmp_path)
-
-
-def test_posters_are_for_movielens(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"posters: was .*only MovieLens"):
-        open_data(tweetings(tmp_path), tmp_path / "posters")
-
-
 def test_columns_that_are_no_words_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "em3.data")
     open_data(general(tmp_path, items=ITEMS | {"price": [1, 2, 3]}))

@@ -44,6 +44,7 @@ def test_later_ones_win(tmp_path):
         (["data=x", "model.hidden=[8,0]"], "model.hidden: was [8, 0], must be at least 1"),
         (["data=x", "train.lr=nan"], "train.lr: was nan, must be at least 0"),
         (["data=x", "model.dropout=1.5"], "model.dropout: was 1.5, must be a share from 0 to 1"),
+        (["data=x", "requests_per_user=0"], "requests_per_user: was 0, must be at least 1"),
         (["data=x", "seeds=[-1]"], "seeds: was [-1], must be at least 0"),
         (["data=x", "tokens=t", "encoder.train=lora"], "tokens: was t, must be left out with encoder.train=lora"),
         (["data=${oops}"], "data: Interpolation key 'oops' not found"),
