@@ -17,7 +17,7 @@ from .table import RankingData
 class Batch:
     """``B`` rows. Items come twice: as catalogue numbers, which content is read by, and as ID rows.
 
-    An ID row is the number plus one, and 0 for a user or item that training has not seen.
+    An ID row is the number plus one, and 0 for a user or item that no training row reaches, see :class:`Batches`.
     """
 
     user_id: Tensor  # [B] int64, ID row
@@ -37,6 +37,10 @@ class Batch:
 class Batches:
     """Makes batches of a catalogue's rows.
 
+    Known are the users of training rows, and the items that are candidates in them or stand in their histories as they
+    are cut: those whose ID embeddings training moves. All others have ID row 0, lest their embeddings be read as they were
+    drawn. This is not ``rows.cold``: an item that was shown in training and never chosen is cold and known.
+
     Args:
         data: the catalogue, its events and rows.
         history_length: at most so many events a history, the latest ones.
@@ -44,10 +48,7 @@ class Batches:
 
     def __init__(self, data: RankingData, history_length: int) -> None:
         events, rows = data.events, data.rows
-        known_users, known_items = data.known()
         self.data, self.history_length = data, history_length
-        self._user_id = np.where(known_users, np.arange(data.num_users) + 1, 0)
-        self._item_id = np.where(known_items, np.arange(len(data.items.ids)) + 1, 0)
         # Events by user, in order of time within each; a row's history ends where the user's first event at or after
         # `before` stands.
         order = np.argsort(events.user, kind="stable")
@@ -57,6 +58,12 @@ class Batches:
         self._stop = np.searchsorted(place, rows.user * total + np.minimum(rows.before, total))
         start = np.searchsorted(place, rows.user * total)
         self._start = np.maximum(start, self._stop - history_length)
+        train = data.of_split("train")
+        # In how many training histories each event stands: they are intervals of the events by user.
+        change = np.bincount(self._start[train], minlength=total + 1) - np.bincount(self._stop[train], minlength=total + 1)
+        seen = self._event_item[np.cumsum(change[:-1]) > 0]
+        self._user_id = _numbered(data.num_users, rows.user[train])
+        self._item_id = _numbered(len(data.items.ids), np.concatenate([rows.item[train], seen]))
 
     @property
     def num_ids(self) -> tuple[int, int]:
@@ -98,3 +105,10 @@ class Batches:
         order = np.random.default_rng([seed, epoch]).permutation(rows)
         for start in range(skip * batch_size, max(len(order) - batch_size, 0) + 1, batch_size):
             yield self.of(order[start : start + batch_size])
+
+
+def _numbered(count: int, known: np.ndarray) -> np.ndarray:
+    """``[count]`` int64 ID rows: the number plus one of those in ``known``, 0 of the others."""
+    found = np.zeros(count, np.int64)
+    found[known] = known + 1
+    return found

@@ -45,7 +45,7 @@ class Rows:
     label: np.ndarray  # [r] float32, 0 or 1
     time: np.ndarray  # [r] int64, seconds
     split: np.ndarray  # [r] int8, index into SPLITS
-    cold: np.ndarray  # [r] bool, the item has no event in the training period
+    cold: np.ndarray  # [r] bool, nobody chose the item in the training period, as the reader's layout defines it
     before: np.ndarray  # [r] int64: the row's history is the user's events at positions < before of Events
     probability: np.ndarray | None = None  # [r] float32, the true click probability where it is known
 
@@ -63,18 +63,3 @@ class RankingData:
     def of_split(self, split: str) -> np.ndarray:
         """Positions of a split's rows, int64."""
         return np.flatnonzero(self.rows.split == SPLITS.index(split))
-
-    def known(self) -> tuple[np.ndarray, np.ndarray]:
-        """Users ``[num_users]`` and items ``[n]`` (bool) that occur in the training rows or in their histories.
-
-        Everything else is new to a model trained on them: it has no ID embedding worth reading.
-        """
-        train = self.of_split("train")
-        last = int(self.rows.before[train].max(initial=0))
-        users, items = np.zeros(self.num_users, bool), np.zeros(len(self.items.ids), bool)
-        for seen_users, seen_items in (
-            (self.rows.user[train], self.rows.item[train]),
-            (self.events.user[:last], self.events.item[:last]),
-        ):
-            users[seen_users], items[seen_items] = True, True
-        return users, items

@@ -88,7 +88,7 @@ def evaluate(label: Any, probability: Any, group: Any, cold: Any, new_user: Any 
         label: ``[r]``, 0 or 1.
         probability: ``[r]``, the ranker's click probabilities.
         group: ``[r]``, integers; ``gauc`` is taken within equal ones.
-        cold: ``[r]`` bool, the row's item was not seen in training.
+        cold: ``[r]`` bool, nobody chose the row's item in the training period.
         new_user: ``[r]`` bool or None: the row's user was not.
 
     Returns:

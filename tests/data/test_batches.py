@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from em3.data.batches import Batches
 from em3.data.table import Events, Items, RankingData, Rows
+from em3.models import DIN, DCNv2
 
 
 def catalogue(rng: np.random.Generator, num_users: int, n: int, num_events: int, num_rows: int) -> RankingData:
@@ -32,9 +33,10 @@ def test_batches_against_loops(seed, num_users, n, num_events, num_rows, length)
     data = catalogue(np.random.default_rng(seed), num_users, n, num_events, num_rows)
     batches = Batches(data, length)
     train = data.of_split("train")
-    period = data.rows.before[train].max(initial=0)
-    known_items = set(data.rows.item[train]) | set(data.events.item[:period])
-    known_users = set(data.rows.user[train]) | set(data.events.user[:period])
+    known_items, known_users = set(data.rows.item[train]), set(data.rows.user[train])
+    for row in train:
+        before = zip(data.events.user[: data.rows.before[row]], data.events.item, strict=False)
+        known_items |= set([item for user, item in before if user == data.rows.user[row]][-length:])
     rows = np.arange(num_rows)[::-1].copy()
     batch = batches.of(rows)
     offsets = batch.history.offsets().tolist()
@@ -73,3 +75,21 @@ def test_an_epoch_is_a_permutation_that_can_be_resumed(seed, num_rows, batch_siz
     if num_rows > 30:
         other = list(batches.epoch(rows, batch_size, seed, 2))
         assert [b.item.tolist() for b in other] != [b.item.tolist() for b in whole]
+
+
+def test_known_is_what_training_moves(seed):
+    """Every ID embedding that some training row gives a gradient has a row of its own, and no other."""
+    data = catalogue(np.random.default_rng(seed), 60, 200, 400, 60)
+    batches = Batches(data, 1)
+    for ranker in (DIN, DCNv2):
+        model = ranker(*batches.num_ids, dim=4, hidden=(64,), dropout=0.0)
+        model(batches.of(data.of_split("train"))).square().sum().backward()
+        own = batches.item_ids()
+        moved = model.items.weight.grad[1:].any(1)
+        assert torch.equal(moved, own > 0)
+        assert torch.equal(own[moved], torch.arange(1, 201)[moved])
+        users = batches.of(np.arange(60)).user_id.unique()
+        assert torch.equal(model.users.weight.grad[1:].any(1).nonzero()[:, 0] + 1, users[users > 0])
+    # There are events of users without a training row, and events that a longer history would hold.
+    assert len(set(data.events.item)) > int(moved.sum())
+    assert int((Batches(data, 9).item_ids() > 0).sum()) > int(moved.sum())
