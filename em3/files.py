@@ -1,12 +1,22 @@
-"""Files that must never be seen half written."""
+"""Files that must never be seen half written, and folders that one process writes at a time."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import json
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+log = logging.getLogger("em3.files")
+LOCK = ".lock"
+
+
+class LockedError(OSError):
+    """A folder that another process writes; the message names both."""
 
 
 @contextlib.contextmanager
@@ -31,3 +41,38 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def whole_lines(path: str | os.PathLike[str]) -> list[Any]:
+    """What a file of JSON lines holds, without the half line that a killed process may leave; nothing if there is none."""
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in Path(path).read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+    return found
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """``folder``, made if needed, as this process's own to write. However the process ends, the kernel gives it back.
+
+    Its file ``.lock`` stays: were it removed, two processes could hold two files of that name.
+
+    Raises:
+        LockedError: if another process has it.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with open(Path(folder) / LOCK, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read() or "another one"
+            raise LockedError(f"{folder}: process {holder} is at work in it; let it end, or choose another folder") from None
+        except OSError as error:  # a file system without locks is no reason not to work
+            log.warning("%s: cannot be locked (%s): take care that only one process works in it", folder, error)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

@@ -1,4 +1,4 @@
-"""``atomic``: whatever happens to the writer, a reader finds the old content or the new one."""
+"""Whatever happens to a writer: readers find the old content or the new one, and a locked folder is free again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from em3.files import atomic
+from em3.files import LockedError, atomic, locked, whole_lines
 
 
 def test_new_content_in_new_folders(tmp_path: Path) -> None:
@@ -68,3 +68,42 @@ def test_killed_while_writing(tmp_path: Path) -> None:
     with atomic(path) as file:  # what the killed one left behind is in nobody's way
         file.write(b"newer")
     assert path.read_bytes() == b"newer"
+
+
+def test_whole_lines(tmp_path: Path) -> None:
+    assert whole_lines(tmp_path / "none") == []
+    (tmp_path / "file").write_text('{"a": 1}\n"words"\n{"a": 2')
+    assert whole_lines(tmp_path / "file") == [{"a": 1}, "words"]
+
+
+HOLDING = """
+import os, signal, sys
+from em3.files import locked
+with locked(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.readline()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    with subprocess.Popen([sys.executable, "-c", HOLDING, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(LockedError, match=f"^{folder}: process {holder.pid} is at work in it; let it end, or"), locked(folder):
+            pass
+        holder.communicate(b"\n")
+    assert holder.returncode == -signal.SIGKILL
+    for _ in range(2):
+        with locked(folder):
+            assert (folder / ".lock").read_text() == str(os.getpid())
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def refusing(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", refusing)
+    with locked(tmp_path):
+        assert "cannot be locked ([Errno 95] Operation not supported): take care" in caplog.text
