@@ -22,20 +22,22 @@ class Progress:
         self.bar: Any = None
         self.terminal = sys.stderr.isatty()
         self.began = self.spoke = 0.0
+        self.first = 0
 
     def __call__(self, name: str, done: int, total: int, numbers: dict[str, float]) -> None:
         if name != self.name:
             self.close()
             self.name, self.began, self.spoke = name, time.monotonic(), 0.0
+            self.first = done  # what a resumed training did in an earlier process says nothing about its rate
             if self.terminal:
-                self.bar = self.make_bar(total=total, desc=name, dynamic_ncols=True, leave=False)
+                self.bar = self.make_bar(total=total, initial=done, desc=name, dynamic_ncols=True, leave=False)
         if self.bar is not None:
             self.bar.update(done - self.bar.n)
             self.bar.set_postfix({key: f"{value:.4f}" for key, value in numbers.items()}, refresh=False)
         elif not self.terminal and (done >= total or time.monotonic() - self.spoke > EVERY):
             self.spoke = time.monotonic()
             seconds = self.spoke - self.began
-            left = f", {seconds / done * (total - done):.0f} s left" if 0 < done < total else ""
+            left = f", {seconds / (done - self.first) * (total - done):.0f} s left" if self.first < done < total else ""
             shown = "".join(f", {key} {value:.4f}" for key, value in numbers.items())
             print(f"{name}: {done}/{total}, {seconds:.0f} s{left}{shown}", file=sys.stderr, flush=True)
 
