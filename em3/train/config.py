@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import os
+import os.path
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 ARMS = ("id_only", "two_stage", "em3", "em3_mean_tokens", "em3_no_lora", "em3_no_contrast")
+FOLDERS = ("data", "posters", "tokens")  # keys that name places outside the run
 # Words that a key may be set to; every other value is checked by its type alone.
 CHOICES = {
     "arms": ARMS,
@@ -106,6 +107,8 @@ class Config:
 def load(files: Sequence[str | os.PathLike[str]] = (), words: Sequence[str] = ()) -> Config:
     """Defaults, then the YAML files in order, then words such as ``model.ranker=dcnv2``; later ones win.
 
+    Relative paths are those of the working directory, and come back absolute: a run goes on from wherever it is asked to.
+
     Raises:
         ConfigError: an unknown key, a value of the wrong type or out of range, a missing ``data``, unreadable YAML.
     """
@@ -135,7 +138,25 @@ def load(files: Sequence[str | os.PathLike[str]] = (), words: Sequence[str] = ()
         raise ConfigError(_said(error)) from None
     assert isinstance(config, Config)
     _check(config)
+    for key in FOLDERS:
+        if getattr(config, key) is not None:
+            setattr(config, key, os.path.abspath(getattr(config, key)))
+    for kind in ("image", "text"):  # a model of transformers may be a folder, or a name that only looks like one
+        name = getattr(config.encoder, kind)
+        if name not in ("small", "none") and os.path.isdir(name):
+            setattr(config.encoder, kind, os.path.abspath(name))
     return config
+
+
+def differences(was: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """The keys that two configurations both have and do not agree in, as ``model.rank``."""
+    found = []
+    for key in was.keys() & now.keys():
+        if isinstance(was[key], dict) and isinstance(now[key], dict):
+            found += differences(was[key], now[key], f"{prefix}{key}.")
+        elif was[key] != now[key]:
+            found.append(f"{prefix}{key}")
+    return sorted(found)
 
 
 def _said(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -16,11 +17,21 @@ def test_later_ones_win(tmp_path):
     first.write_text("data: there\nmodel: {ranker: dcnv2, rank: 4}\nseeds: [3]\n")
     second.write_text("model: {rank: 5}\n")
     config = load([first, second], ["model.num_queries=7", "train.lr=1e-4"])
-    assert (config.data, config.model.ranker, config.model.rank, config.model.num_queries) == ("there", "dcnv2", 5, 7)
+    assert (config.data, config.model.ranker, config.model.rank, config.model.num_queries) == (str(Path("there").resolve()), "dcnv2", 5, 7)
     assert config.train.lr == 1e-4
     assert config.seeds == [3]
     assert config.train.batch_size == Config().train.batch_size
     assert load((), ["data=x", "seeds=[1,2]", "arms=[em3]"]).arms == ["em3"]
+
+
+def test_paths_are_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("small", "models"):  # a word of the configuration stays that, whatever lies there
+        (tmp_path / name).mkdir()
+    config = load((), ["data=a/../b", "posters=p", "tokens=/t", "encoder.text=models", "encoder.image=small"])
+    assert (config.data, config.posters, config.tokens) == (str(tmp_path / "b"), str(tmp_path / "p"), "/t")
+    assert (config.encoder.text, config.encoder.image) == (str(tmp_path / "models"), "small")
+    assert load((), ["data=x", "encoder.text=openai/clip"]).encoder.text == "openai/clip"
 
 
 @pytest.mark.parametrize(
