@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -125,21 +126,86 @@ def test_a_loss_that_is_not_finite(seed, tmp_path):
     assert 4 <= state["step"] <= 5  # the last multiple of 2, or the end of the first epoch
 
 
+@pytest.mark.parametrize("what", ["gradient", "parameter"])
+def test_a_step_that_breaks_a_parameter(what, seed, tmp_path):
+    """The loss is finite and a checkpoint due after the step: what lies there stays as it was."""
+    setting = Setting(seed, "id_only", TrainConfig(epochs=3, batch_size=32, checkpoint_every=1))
+    training = setting.training(tmp_path)
+    training.run()
+    (tmp_path / loop.RESULT).unlink()
+    (tmp_path / loop.LAST).unlink()
+    training, name = setting.training(tmp_path), "ranker.users.weight"
+    weight = training.model.ranker.users.weight
+    step, kept = training.step, {}
+
+    def breaking(batch):
+        if training.state.step == 4:
+            kept.update({path: path.read_bytes() for path in tmp_path.glob("*.safetensors")})
+            if what == "gradient":
+                weight.register_hook(lambda gradient: torch.full_like(gradient, torch.nan))
+            else:  # a finite gradient, and a step beyond what float32 holds
+                training.config = dataclasses.replace(training.config, lr=1e42)
+        step(batch)
+
+    training.step = breaking
+    said = f"the gradient of {name}" if what == "gradient" else r"ranker\.\S+"
+    with pytest.raises(loop.TrainingError, match=rf"{said} was not finite at step 4; .*last\.safetensors is from an earlier"):
+        training.run()
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.safetensors")} == kept
+    tensors, state = checkpoint.read(tmp_path / loop.LAST)
+    assert state["step"] == 4
+    assert all(t.isfinite().all() for t in tensors.values())
+
+
+def test_what_progress_shows(seed, tmp_path):
+    """The last step too, with the losses since the line before it; no AUC before there is one."""
+    training = Setting(seed, "id_only").training(tmp_path)
+    every = next(n for n in range(4, 10) if training.steps % n)
+    training.config = dataclasses.replace(TRAIN, log_every=every)
+    losses, shown = [], []
+    whole = training.model.losses
+    training.model.losses = lambda *words: losses.append(whole(*words)) or losses[-1]
+    training.progress = lambda step, steps, numbers: shown.append((step, steps, numbers))
+    training.run()
+    assert [step for step, _, _ in shown] == [*range(every, training.steps, every), training.steps]
+    assert ["valid_auc" in numbers for *_, numbers in shown] == [step >= training.per_epoch for step, *_ in shown]
+    assert shown[-1][2]["valid_auc"] == training.state.best_auc
+    written = {line["step"]: line["loss"] for line in lines(tmp_path) if "loss" in line}
+    ranking = [float(loss.ranking.detach()) for loss in losses]
+    for start in range(0, training.steps, every):
+        part = ranking[start : start + every]
+        assert written[start + len(part)] == pytest.approx(sum(part) / len(part))
+
+
 def test_another_configuration_is_refused(seed, tmp_path):
     setting = Setting(seed, "id_only")
     setting.training(tmp_path).run()
     (tmp_path / loop.RESULT).unlink()
     training = setting.training(tmp_path)
     training.about = {"arm": "another"}
-    with pytest.raises(checkpoint.CheckpointError, match=r"last\.safetensors: is of another configuration"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"last\.safetensors: is of another configuration \(arm differ\)"):
+        training.run()
+    setting.training(tmp_path).run()
+    training = setting.training(tmp_path)
+    training.seed = 8
+    with pytest.raises(checkpoint.CheckpointError, match=r"best\.safetensors: is of another configuration \(seed differ\)"):
         training.run()
 
 
-def test_validation_rows_of_one_class(seed, tmp_path):
+@pytest.mark.parametrize(("split", "left", "message"), [
+    ("valid", 9, r"made up: the validation rows \(9\) hold one class only or none"),
+    ("valid", 0, r"made up: the validation rows \(0\) hold one class only or none"),
+    ("train", 0, "made up: has no training rows"),
+])  # fmt: skip
+def test_rows_that_will_not_do(split, left, message, seed, tmp_path):
+    """Said before the first step, not after the first epoch."""
     setting = Setting(seed, "id_only")
-    setting.batches.data.rows.label[setting.batches.data.of_split("valid")] = 1
-    with pytest.raises(loop.TrainingError, match="the validation rows hold one class only"):
-        setting.training(tmp_path).run()
+    training = setting.training(tmp_path / "t")
+    training.rows[split] = training.rows[split][:left]
+    setting.batches.data.rows.label[training.rows[split]] = 1
+    with pytest.raises(loop.TrainingError, match=message):
+        training.run()
+    assert not (tmp_path / "t").exists()
 
 
 def test_learning_rate():
