@@ -16,9 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     with complaints():
-        from ..train import checkpoint
         from ..train import config as configs
-        from ..train.loop import BEST
         from ..train.run import CONFIG, Run
 
         config = configs.load([args.folder / CONFIG])
@@ -29,9 +27,7 @@ def run(args: argparse.Namespace) -> int:
             made = Run(config, args.folder, progress)
             for arm in args.arm or config.arms:
                 for seed in config.seeds:
-                    training = made.training(arm, seed)
-                    checkpoint.load(training.folder / BEST, training.model)
-                    found = training.evaluate(args.split)
+                    found = made.trained(arm, seed).evaluate(args.split)
                     shown = ", ".join(f"{k} {v:.4f}" for k, v in found.items() if v is not None)
                     print(f"{arm} seed {seed} {args.split}: {shown}", flush=True)
     return 0

@@ -31,10 +31,12 @@ def run(args: argparse.Namespace) -> int:
         from ..train.run import CONFIG, Run
 
         keep_freed_memory()
-        if args.threads:
+        if args.threads is not None:
+            if args.threads < 1:
+                raise configs.ConfigError(f"--threads: was {args.threads}, must be at least 1")
             torch.set_num_threads(args.threads)
         if args.resume:
-            if args.data or args.out or args.config or args.settings:
+            if args.data or args.posters or args.out or args.config or args.settings:
                 raise configs.ConfigError("--resume: goes on with the run's own configuration, so it takes no settings")
             config, folder = configs.load([args.resume / CONFIG]), args.resume
         else:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .run import Run
 
 ROUNDS, WARM, MEMORY_STEPS = 15, 3, 8
+CLEAR = Path("/proc/self/clear_refs")  # Linux's
 
 
 def measure_costs(run: Run, progress: Callable[[int, int], None]) -> dict[str, dict[str, Any]]:
@@ -43,7 +44,8 @@ def measure_costs(run: Run, progress: Callable[[int, int], None]) -> dict[str, d
         p20, p50, p80 = np.percentile(times[arm], [20, 50, 80])
         costs[arm] = {
             "step_ms_p20": p20 * 1e3, "step_ms": p50 * 1e3, "step_ms_p80": p80 * 1e3,
-            "samples_per_s": run.config.train.batch_size / p50,
+            # An epoch may have fewer rows than a batch.
+            "samples_per_s": min(run.config.train.batch_size, len(training.rows["train"])) / p50,
             "peak_memory_mib": peak_memory(run.folder, arm),
             "parts_ms": parts(training, run) if training.read is not None else {},
         }  # fmt: skip
@@ -89,8 +91,8 @@ def _median_ms(call: Callable[[], Any]) -> float:
 
 
 def peak_memory(folder: Path, arm: str) -> float | None:
-    """MiB by which a few steps of the arm raise the high-water mark of a fresh process; None where /proc is missing."""
-    if not Path("/proc/self/status").exists():
+    """MiB by which a few steps of the arm raise the high-water mark of a fresh process; None where it cannot be reset."""
+    if not CLEAR.exists():
         return None
     words = [sys.executable, "-m", "em3.train.cost", str(folder.resolve()), arm, str(torch.get_num_threads())]
     done = subprocess.run(words, capture_output=True, text=True)
@@ -114,6 +116,7 @@ def _memory_of(folder: str, arm: str, threads: str) -> None:
     torch.set_num_threads(int(threads))
     run = Run(config.load([Path(folder) / CONFIG]), Path(folder), lambda *at: None)
     training = run.training(arm, run.config.seeds[0])
+    CLEAR.write_text("5")  # the high-water mark falls to what is there now: setting up has a peak of its own
     before = _mark("VmRSS")
     training.state.step = 1
     for turn in range(MEMORY_STEPS):

@@ -14,11 +14,10 @@ from ..data.general import read_items
 from ..encoders import encode_catalogue, load_encoder
 from ..files import atomic
 from ..jagged import Jagged
-from . import arms, checkpoint
+from . import arms
 from . import config as configs
 from .catalogue_tokens import ENCODERS, STREAMS
 from .config import ConfigError
-from .loop import BEST
 from .run import CONFIG, Run
 
 FORMATS = (".parquet", ".npy")
@@ -50,20 +49,23 @@ def embed(folder: Path, items_folder: Path, out: Path, arm: str, seed: int | Non
     if seed not in config.seeds:
         raise ConfigError(f"--seed: was {seed}, must be one of the run's {config.seeds}")
     items = read_items(items_folder)
-    training = Run(config, folder, progress).training(arm, seed)
-    checkpoint.load(training.folder / BEST, training.model)
-    model: Any = training.model.eval()
+    run = Run(config, folder, progress)
+    model: Any = run.trained(arm, seed).model.eval()
     encoders: dict[str, Any]
+    precision = torch.float32
     if isinstance(model, arms.WithEncoders):
         encoders, model = dict(model.tokens.encoders.items()), model.model
     else:
+        precision = run.store.dtype  # the model has learnt from tokens that the store had rounded
         kinds = [kind for kind in STREAMS if (folder / ENCODERS / kind).exists()]
         if not kinds:
             raise ConfigError(f"{folder}: holds no encoders, for its tokens came from elsewhere (tokens: {config.tokens})")
         encoders = {kind: load_encoder(folder / ENCODERS / kind) for kind in kinds}
-    tokens = encode_catalogue(items, encoders.get("image"), encoders.get("text"))
+    tokens = encode_catalogue(items, encoders.get("image"), encoders.get("text"),
+                              progress=lambda done, total: progress("tokens", done, total, {}))  # fmt: skip
     with torch.no_grad():
-        parts = [model.content([_rows(*tokens[kind], start, CHUNK) for kind in STREAMS if kind in tokens])
+        streams = [(tokens[kind][0].to(precision), tokens[kind][1]) for kind in STREAMS if kind in tokens]
+        parts = [model.content([_rows(*stream, start, CHUNK) for stream in streams])
                  for start in range(0, len(items.ids), CHUNK)]  # fmt: skip
     found = torch.cat(parts).numpy() if parts else np.zeros((0, config.model.content_dim), np.float32)
     _write(out, items.ids, found)
@@ -72,7 +74,7 @@ def embed(folder: Path, items_folder: Path, out: Path, arm: str, seed: int | Non
 
 def _rows(values: torch.Tensor, offsets: torch.Tensor, start: int, count: int) -> Jagged:
     bounds = offsets[start : start + count + 1]
-    return Jagged(values[bounds[0] : bounds[-1]], bounds - bounds[0])
+    return Jagged(values[bounds[0] : bounds[-1]].float(), bounds - bounds[0])
 
 
 def _write(out: Path, ids: list[str], rows: np.ndarray) -> None:

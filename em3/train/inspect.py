@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checkpoint
-from .loop import BEST
 from .report.summary import Alignment, Card, Neighbours
 
 if TYPE_CHECKING:
@@ -35,7 +33,7 @@ def of_training(run: Run, arm: str, seed: int) -> dict[str, Any]:
     """``alignment`` and ``neighbours`` of a finished training."""
     training = run.training(arm, seed)
     before = _embeddings(training.model, training.read, run)
-    checkpoint.load(training.folder / BEST, training.model)
+    training = run.trained(arm, seed)
     after = _embeddings(training.model, None, run)
     seen = torch.nonzero(run.batches.item_ids())[:, 0]
     texts = [run.data.items.texts[i] for i in seen.tolist()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import logging
 import shlex
@@ -17,69 +18,104 @@ from ..data.batches import Batches
 from ..data.open import open_data
 from ..data.table import RankingData
 from ..data.token_store import TokenStore
-from ..files import atomic
-from . import arms, inspect
+from ..files import atomic, locked, whole_lines
+from . import arms, checkpoint, inspect
 from . import config as configs
 from .catalogue_tokens import ENCODERS, LiveTokens, make_encoders, open_tokens, token_dims
 from .config import Config, ConfigError
 from .cost import measure_costs
-from .loop import Training, read_metrics
+from .loop import BEST, Training, read_metrics
 from .metrics import evaluate, spread
 from .report import write_report
 from .report.summary import PERFECT, Arm, Cost, Curve, RunSummary
 
 log = logging.getLogger("em3.train")
-CONFIG, COSTS, SUMMARY = "config.yaml", "costs.json", "summary.json"
+CONFIG, COSTS, SUMMARY, WARNINGS = "config.yaml", "costs.json", "summary.json", "warnings.jsonl"
+ELSEWHERE = ("arms", "seeds", *configs.FOLDERS)  # keys that say nothing about a single training
 # (what is going on, how far, of how much, numbers to show)
 Progress = Callable[[str, int, int, dict[str, float]], None]
 
 
 class Warnings(logging.Handler):
-    """Collects what em3 warns of during a run, each text once, for the report."""
+    """Collects what em3 warns of inside a ``with`` block, each text once, for the report.
+
+    After :meth:`keep` a file remembers them too: what is done once in a run, such as reading its pictures, warns once, and
+    the report may be another process's.
+    """
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.texts: list[str] = []
+        self.path: Path | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
         if text not in self.texts:
             self.texts.append(text)
+            if self.path is not None:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(text) + "\n")
+
+    def keep(self, path: Path) -> None:
+        """Take up what earlier processes left in ``path``, and write there from now on."""
+        self.texts = list(dict.fromkeys([*self.texts, *whole_lines(path)]))
+        with atomic(path) as file:
+            file.writelines(json.dumps(text).encode() + b"\n" for text in self.texts)
+        self.path = path
+
+    def __enter__(self) -> None:
+        logging.getLogger("em3").addHandler(self)
+
+    def __exit__(self, *_: Any) -> None:
+        logging.getLogger("em3").removeHandler(self)
 
 
 class Run:
-    """A run folder and what is needed to train in it.
+    """A run folder and what is needed to train in it. Nothing is written there before :meth:`execute`.
 
     Args:
-        config: of the run; ``folder/config.yaml`` must agree where it exists.
-        folder: made if needed.
+        config: of the run.
+        folder: of the run; need not exist before :meth:`execute`.
         progress: see ``Progress``.
+
+    Raises:
+        DataError: if the data cannot be used.
     """
 
     def __init__(self, config: Config, folder: Path, progress: Progress) -> None:
         self.config, self.folder, self.progress = config, folder, progress
         self.warnings = Warnings()
-        logging.getLogger("em3").addHandler(self.warnings)
-        self.data: RankingData = open_data(config.data, config.posters, config.requests_per_user)
+        with self.warnings:
+            self.data: RankingData = open_data(config.data, config.posters, config.requests_per_user)
         self.batches = Batches(self.data, config.history_length)
-        _claim(folder, config)  # not before: a folder would stay that of a misspelt --data
-        self.store = self._tokens()
         self._features: torch.Tensor | None = None
 
-    def _tokens(self) -> TokenStore:
+    @functools.cached_property
+    def store(self) -> TokenStore:
+        """The tokens of every item; their first use in a run makes them."""
         return open_tokens(self.data.items, self.config, self.folder, self._setting_up)
 
     def _setting_up(self, name: str, done: int, total: int) -> None:
         self.progress(name, done, total, {})
 
     def execute(self, command: list[str]) -> Path:
-        """Train what is not trained yet, measure, write the report; returns its path."""
-        results = {arm: [self.train(arm, seed) for seed in self.config.seeds] for arm in self.config.arms}
-        costs = self._costs()
-        summary = self._summary(results, costs, command)
-        with atomic(self.folder / SUMMARY) as file:
-            file.write(json.dumps(summary.to_dict(), indent=1).encode())
-        return write_report(self.folder, summary)
+        """Train what is not trained yet, measure, write the report; returns its path.
+
+        Raises:
+            ConfigError: if ``folder/config.yaml`` says otherwise, or the tokens cannot be made or used as configured.
+            LockedError: if another process executes a run in this folder.
+            TrainingError: if a training must not go on.
+        """
+        with locked(self.folder), self.warnings:
+            _claim(self.folder, self.config)
+            self.warnings.keep(self.folder / WARNINGS)
+            for left_behind in self.folder.rglob(".*.safetensors.*.tmp"):  # by a killed process; nobody else writes these
+                left_behind.unlink()
+            results = {arm: [self.train(arm, seed) for seed in self.config.seeds] for arm in self.config.arms}
+            summary = self._summary(results, self._costs(), command)
+            with atomic(self.folder / SUMMARY) as file:
+                file.write(json.dumps(summary.to_dict(), indent=1).encode())
+            return write_report(self.folder, summary)
 
     def train(self, arm: str, seed: int) -> dict[str, Any]:
         training = self.training(arm, seed)
@@ -89,14 +125,30 @@ class Run:
 
     def training(self, arm: str, seed: int) -> Training:
         """The training of an arm with a seed, at its beginning."""
+        store = self.store  # before the seed is set: its encoders draw random numbers, if they are trained only now
         torch.manual_seed(seed)
         model = self.build(arm)
         read: Any = None
         if arms.reads_tokens(arm):
             live = isinstance(model, arms.WithEncoders)
-            read = model.tokens.read if live else self.store.read
-        about = self.config.to_dict() | {"arm": arm, "arms": None, "seeds": None}
+            read = model.tokens.read if live else store.read
+        # What a checkpoint of it must agree with. The same data may lie in another folder tomorrow.
+        about = {key: value for key, value in self.config.to_dict().items() if key not in ELSEWHERE} | {"arm": arm}
         return Training(model, self.batches, read, self.config.train, seed, self.folder / arm / f"seed{seed}", about)
+
+    def trained(self, arm: str, seed: int) -> Training:
+        """The same with the weights of its best epoch.
+
+        Raises:
+            ConfigError: if there is none yet.
+            CheckpointError: if it is damaged or of another model.
+        """
+        path = self.folder / arm / f"seed{seed}" / BEST
+        if not path.exists():
+            raise ConfigError(f"{path}: is not there yet; `em3 train --resume {self.folder}` goes on with the run")
+        training = self.training(arm, seed)
+        checkpoint.load(path, training.model)
+        return training
 
     def build(self, arm: str) -> Any:
         """The untrained model of an arm."""
@@ -130,12 +182,11 @@ class Run:
     def _summary(self, results: dict[str, list[dict[str, Any]]], costs: dict[str, Any], command: list[str]) -> RunSummary:
         report = env.env_report()
         rows, names = self.data.rows, self.data.items
-        found = []
+        found, test = [], self.data.of_split("test")
         for arm, of_seeds in results.items():
             curves = [self._curve(arm, seed) for seed in self.config.seeds]
             found.append(Arm(arms.NAMES[arm], [r["test"] for r in of_seeds], curves, Cost(**costs[arm])))
         if rows.probability is not None:
-            test = self.data.of_split("test")
             found.append(Arm(PERFECT, [evaluate(rows.label[test], rows.probability[test], rows.request[test], rows.cold[test])]))
         best = next((arm for arm in self.config.arms if arms.reads_tokens(arm)), None)
         shown = inspect.of_training(self, best, self.config.seeds[0]) if best else {}
@@ -147,7 +198,7 @@ class Run:
                 "items": f"{len(names.ids):,}, {sum(p is not None for p in names.pictures):,} with a picture",
                 "users": f"{self.data.num_users:,}",
                 "rows": splits,
-                "cold test rows": f"{rows.cold[self.data.of_split('test')].mean():.1%}",
+                "cold test rows": f"{rows.cold[test].mean():.1%}" if len(test) else "-",
                 "model selection": "the epoch with the best AUC on the validation rows",
             },
             config=self.config.to_dict(), environment=str(report), command=shlex.join(command),
@@ -175,9 +226,7 @@ def _claim(folder: Path, config: Config) -> None:
     path = folder / CONFIG
     if path.exists():
         before = configs.load([path])
-        if before != config:
-            old, new = before.to_dict(), config.to_dict()
-            changed = [key for key in old if old[key] != new[key]]
+        if changed := configs.differences(before.to_dict(), config.to_dict()):
             raise ConfigError(
                 f"{folder}: holds a run of another configuration ({', '.join(changed)} differ); "
                 "choose another --out, or go on with `em3 train --resume FOLDER`, which takes no settings"
