@@ -16,7 +16,7 @@ for package in ("pyarrow", "PIL", "sklearn", "matplotlib", "omegaconf", "safeten
     pytest.importorskip(package, reason=f"{package} is not installed")
 
 from em3.cli import main
-from em3.commands.progress import complaints
+from em3.commands.progress import Progress, complaints
 from em3.data.table import DataError
 from em3.train.config import ARMS
 from em3.train.loop import TrainingError
@@ -220,6 +220,16 @@ def test_a_damaged_checkpoint(trained: tuple[Path, str, str], capsys: pytest.Cap
         assert f"{path}: is not a whole safetensors file" in complaint(["evaluate", trained[0], "--arm", "em3"], capsys)
     finally:
         path.write_bytes(whole)
+
+
+def test_time_left_of_a_resumed_training(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    with Progress() as progress:
+        for step in (900, 910, 1000):
+            progress("EM3", step, 1000, {})
+            now += 20
+    assert capsys.readouterr().err == "EM3: 900/1000, 0 s\nEM3: 910/1000, 20 s, 180 s left\nEM3: 1000/1000, 40 s\n"
 
 
 def test_which_errors_are_the_users(capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,6 +45,8 @@ class Table:
             near = difflib.get_close_matches(name, self.names, n=1)
             hint = f"; did you mean {near[0]!r} to be it?" if near else ""
             raise DataError(f"{self.path}: column {name!r} is missing, there are {', '.join(self.names)}{hint}")
+        if self.names.count(name) > 1:
+            raise DataError(f"{self.path}: column {name!r} is there {self.names.count(name)} times, must be there once")
         found = self.table.column(name)
         return found.cast(found.type.value_type) if pa.types.is_dictionary(found.type) else found
 
@@ -96,12 +98,13 @@ class Table:
     def times(self, name: str) -> np.ndarray:
         """``[rows]`` int64: integers as they are, dates and ISO 8601 times in seconds since 1970 (UTC if no zone is given)."""
         must = "an integer (seconds since 1970) or a time in ISO 8601"
-        found = self._of_type(name, "integers or ISO 8601 times", pa.types.is_integer, pa.types.is_temporal)
+        kinds = pa.types.is_integer, pa.types.is_timestamp, pa.types.is_date
+        found = self._of_type(name, "integers or ISO 8601 times", *kinds)
         if is_string(found.type):
             parsed = [_seconds(text) for text in found.to_pylist()]
             self.wrong(name, np.array([seconds is None for seconds in parsed], bool), must)
             return np.array(parsed, np.int64)
-        if pa.types.is_temporal(found.type):
+        if not pa.types.is_integer(found.type):
             found = found.cast(pa.timestamp("s", getattr(found.type, "tz", None)), safe=False)
         return found.cast(pa.int64()).to_numpy()
 

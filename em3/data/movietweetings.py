@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .columns import STRING, known_events, number, numbered, read_csv, read_parquet, unique_items, with_decade
+from .columns import STRING, known_events, log, number, numbered, read_csv, read_parquet, unique_items, with_decade
 from .table import Items, RankingData, Rows
 
 FILES = ("ratings.csv", "movies.csv", "impressions.parquet")
@@ -58,5 +58,7 @@ def _items(folder: Path) -> Items:
         for title, year, genres in zip(*words, strict=True)
     ]
     posters = folder / "posters"
+    if not posters.is_dir():
+        log.warning("%s: is missing, so no item has a picture", posters)
     there = {path.stem: path for path in posters.iterdir() if path.suffix == ".jpg"} if posters.is_dir() else {}
     return Items(ids, texts, [there.get(id) for id in ids])

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers.contrastive_loss import ContentIDContrastiveLoss
-from .base import pad
+from .base import EncoderError, pad
 from .small import PATCH, PatchEncoder, WordEncoder
 from .vocabulary import MASK
 
@@ -65,8 +65,8 @@ def train_by_contrast(image_encoder: PatchEncoder, text_encoder: WordEncoder, pi
         progress: called with the steps done and their number after each.
 
     Raises:
-        ValueError: for lengths that differ, options out of range, an encoder that :func:`set_trainable` has changed, or
-            fewer than 16 items with a picture and a text.
+        ValueError: for lengths that differ, options out of range, or an encoder that :func:`set_trainable` has changed.
+        EncoderError: for fewer than 16 items with a picture and a text.
     """
     start = time.perf_counter()
     _check(image_encoder, text_encoder, pictures, present, texts, epochs, batch_size, held_out)
@@ -75,7 +75,7 @@ def train_by_contrast(image_encoder: PatchEncoder, text_encoder: WordEncoder, pi
     pairs = torch.nonzero(present.cpu() & mask.any(1)).flatten()
     lonely = torch.nonzero(~present.cpu() & mask.any(1)).flatten()
     if len(pairs) < FEWEST_PAIRS:
-        raise ValueError(
+        raise EncoderError(
             f"pictures, texts: {len(pairs)} items have both a picture and a text, must be at least {FEWEST_PAIRS}"
         )
     with torch.random.fork_rng(devices=[image_encoder.device] if image_encoder.device.type == "cuda" else []):

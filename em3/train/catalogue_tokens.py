@@ -14,6 +14,7 @@ from ..data.table import Items
 from ..data.token_store import TokenStore
 from ..encoders import (
     Encoder,
+    EncoderError,
     PatchEncoder,
     Vocabulary,
     WordEncoder,
@@ -65,10 +66,14 @@ def make_encoders(items: Items, config: EncoderConfig, folder: Path, progress: P
     image, text = encoders.get("image"), encoders.get("text")
     if isinstance(image, PatchEncoder) and isinstance(text, WordEncoder):
         pictures, present = load_pictures(items, image, progress=lambda i, n: progress("pictures", i, n))
-        result = train_by_contrast(
-            image, text, pictures, present, items.texts, epochs=config.epochs, seed=config.seed,
-            progress=lambda i, n: progress("encoders", i, n),
-        )  # fmt: skip
+        try:
+            result = train_by_contrast(
+                image, text, pictures, present, items.texts, epochs=config.epochs, seed=config.seed,
+                progress=lambda i, n: progress("encoders", i, n),
+            )  # fmt: skip
+        except EncoderError as error:
+            raise ConfigError(f"encoder.image, encoder.text: the small ones learn from each other, and {error}; "
+                              "one of them may be none, or a model of transformers") from error  # fmt: skip
         log.info("encoders: %s", result)
     for kind, encoder in encoders.items():
         fit_whitening(items, encoder)

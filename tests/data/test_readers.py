@@ -72,6 +72,13 @@ def test_movietweetings(tmp_path: Path) -> None:
     check_types(data)
 
 
+def test_no_posters(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tweetings(tmp_path) / "posters/tt2.jpg").unlink()
+    (tmp_path / "posters").rmdir()
+    assert open_data(tmp_path).items.pictures == [None] * 3
+    assert f"{tmp_path / 'posters'}: is missing, so no item has a picture" in caplog.text
+
+
 def check_types(data: RankingData) -> None:
     rows, events = data.rows, data.events
     assert [x.dtype for x in (events.user, events.item, events.time)] == [np.int64] * 3
@@ -329,6 +336,17 @@ def test_timestamps(tmp_path: Path, kind: str, times: Any, want: list[int]) -> N
 def test_general_complains(tmp_path: Path, kind: str, interactions: dict, items: dict, message: str) -> None:
     with pytest.raises(DataError, match=message):
         open_data(general(tmp_path, INTERACTIONS | interactions, ITEMS | items, kind))
+
+
+def test_columns_that_are_no_times_or_are_there_twice(tmp_path: Path) -> None:
+    for kind in (pa.duration("s"), pa.time32("s")):
+        with pytest.raises(DataError, match=r"column 'timestamp': was of type .*, must be integers or ISO 8601 times"):
+            open_data(general(tmp_path, INTERACTIONS | {"timestamp": pa.array(range(5), kind)}, kind="parquet"))
+    open_data(general(tmp_path, INTERACTIONS | {"timestamp": pa.array(range(5), pa.date32())}, kind="parquet"))
+    (tmp_path / "items.parquet").unlink()
+    (tmp_path / "items.csv").write_text("item,title,title\n1,a,b\n2,a,b\nx,a,b\n")
+    with pytest.raises(DataError, match=r"items\.csv: column 'title' is there 2 times, must be there once"):
+        open_data(tmp_path)
 
 
 def test_null_in_parquet(tmp_path: Path) -> None:

@@ -147,6 +147,10 @@ def test_tokens_of_another_catalogue_and_of_nobody(executed: tuple[Run, Path], c
         Run(configured(catalogue, f"tokens={tmp_path / 'none'}"), tmp_path / "run2", silent).execute([])
     with pytest.raises(ConfigError, match=r"encoder\.image, encoder\.text: were both none"):
         Run(configured(catalogue, "encoder.image=none", "encoder.text=none"), tmp_path / "run3", silent).execute([])
+    # Words without pictures: what MovieLens is without posters.
+    items.write_text("\n".join(line.rsplit(",", 1)[0] for line in items.read_text().splitlines()))
+    with pytest.raises(ConfigError, match=r"encoder\.image, encoder\.text: .* 0 items have both .*; one of them may be none"):
+        Run(configured(tmp_path / "cat"), tmp_path / "run5", silent).execute([])
     run = Run(configured(catalogue, f"tokens={folder / 'tokens.safetensors'}"), tmp_path / "run4", silent)
     assert run.store.item_ids == run.data.items.ids
     assert not (tmp_path / "run4").exists()
