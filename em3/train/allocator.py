@@ -19,3 +19,10 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(TRIM_THRESHOLD, 1 << 30)
         mallopt(MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
+
+
+def hand_back_freed_memory() -> None:
+    """Once, where the C library knows how (glibc); what is freed later is kept again."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)

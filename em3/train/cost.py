@@ -109,14 +109,17 @@ def _mark(name: str) -> float:
 
 def _memory_of(folder: str, arm: str, threads: str) -> None:
     from . import config
-    from .allocator import keep_freed_memory
+    from .allocator import hand_back_freed_memory, keep_freed_memory
     from .run import CONFIG, Run
 
     keep_freed_memory()
     torch.set_num_threads(int(threads))
     run = Run(config.load([Path(folder) / CONFIG]), Path(folder), lambda *at: None)
     training = run.training(arm, run.config.seeds[0])
-    CLEAR.write_text("5")  # the high-water mark falls to what is there now: setting up has a peak of its own
+    # Setting up has a peak of its own: what it freed is given back, lest the steps have it for nothing, and the high-water
+    # mark falls to what is there now.
+    hand_back_freed_memory()
+    CLEAR.write_text("5")
     before = _mark("VmRSS")
     training.state.step = 1
     for turn in range(MEMORY_STEPS):
