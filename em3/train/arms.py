@@ -101,7 +101,7 @@ def build(arm: str, config: Config, batches: Batches, token_dims: list[int], fea
     elif arm != "two_stage":
         fusion = FusionQFormer(
             token_dims, model.dim, num_queries=model.num_queries, num_layers=model.num_layers,
-            num_heads=model.num_heads, out_dim=model.content_dim, mean_residual=True,
+            num_heads=model.num_heads, out_dim=model.content_dim, ffn_dim=model.ffn_dim, mean_residual=True,
         )  # fmt: skip
     frozen = fusion is None
     em3 = EM3(

@@ -22,7 +22,7 @@ CHOICES = {
 # Numbers, and the least that they may be.
 LEAST = {
     "requests_per_user": 1, "history_length": 1, "seeds": 0, "encoder.last_n": 1, "encoder.rank": 1, "encoder.epochs": 0,
-    "model.id_dim": 1, "model.hidden": 1, "model.content_dim": 1, "model.num_queries": 1, "model.dim": 1,
+    "model.id_dim": 1, "model.hidden": 1, "model.content_dim": 1, "model.num_queries": 1, "model.dim": 1, "model.ffn_dim": 1,
     "model.num_layers": 1, "model.num_heads": 1, "model.rank": 0, "model.contrast_weight": 0, "train.epochs": 1,
     "train.batch_size": 1, "train.lr": 0, "train.warmup_steps": 0, "train.weight_decay": 0, "train.refresh_every": 1,
     "train.checkpoint_every": 1, "train.log_every": 1,
@@ -62,6 +62,7 @@ class ModelConfig:
     content_dim: int = 64
     num_queries: int = 4  # Q
     dim: int = 64  # D of the Fusion-Q-Former
+    ffn_dim: int = 64  # of its feed-forward block
     num_layers: int = 1
     num_heads: int = 4  # H, of the Fusion-Q-Former and of the attention over the history
     rank: int = 8  # R of the LoRA over the history
