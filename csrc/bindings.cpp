@@ -86,5 +86,6 @@ PYBIND11_MODULE(_C, m) {
           "'auto': the OpenMP pool that is already loaded (PyTorch's), else threads of our own; 'std': always our own.");
     em3::bind_qformer_attention(m);
     em3::bind_lora_target_attention(m);
+    em3::bind_contrastive_loss(m);
     em3::watch_forks();
 }

@@ -24,6 +24,8 @@ constexpr const char* kDtype<const T> = kDtype<T>;
 template <>
 inline constexpr const char* kDtype<float> = "torch.float32";
 template <>
+inline constexpr const char* kDtype<double> = "torch.float64";
+template <>
 inline constexpr const char* kDtype<std::int64_t> = "torch.int64";
 template <>
 inline constexpr const char* kDtype<std::uint8_t> = "torch.bool";

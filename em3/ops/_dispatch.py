@@ -30,7 +30,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "qformer_attention": ("cpp", "torch"),
     "lora_linear": ("torch",),
     "lora_target_attention": ("cpp", "torch"),
-    "contrastive_loss": ("torch",),
+    "contrastive_loss": ("cpp", "torch"),
 }
 NAMES = ("auto", *dict.fromkeys(name for names in BACKENDS.values() for name in names))
 

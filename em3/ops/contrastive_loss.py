@@ -42,7 +42,8 @@ def contrastive_loss(content: Tensor, ids_embedding: Tensor, *, item_ids: Tensor
     negatives are taken as they are, with ``log_q = 0``, and are never masked: they carry no item ids.
 
     A row no longer than 1e-12 counts as the zero vector under ``normalize``: its logits are 0, its gradient is zero.
-    All arithmetic is in float32 (float64 for float64), under autocast too, where the arguments may differ in dtype.
+    All arithmetic on embeddings is in float32 (float64 for float64), under autocast too, where the arguments may differ
+    in dtype; what is one number a row is summed in float64.
 
     Args:
         content, ids_embedding: ``[B, V]``; row ``i`` of both belongs to one item.
@@ -80,7 +81,11 @@ def contrastive_loss(content: Tensor, ids_embedding: Tensor, *, item_ids: Tensor
 
     x, y = _widened(content, content), _widened(ids_embedding, content)  # [B, V]
     extra, log_q, weight = (_widened(t, content) for t in (negatives, log_q, weight))
-    scale = _widened(logit_scale, content).view(()) if isinstance(logit_scale, Tensor) else x.new_full((), logit_scale)
+    # In float64, for its gradient is a sum of large terms of either sign, to be rounded once, at its end.
+    if isinstance(logit_scale, Tensor):
+        scale = logit_scale.to(torch.float64).view(())
+    else:
+        scale = x.new_full((), logit_scale, dtype=torch.float64)
     if normalize:
         x, y, extra = _unit(x), _unit(y), None if extra is None else _unit(extra)
     loss = _losses(x, y, extra, scale, item_ids, duplicates, log_q, direction, _dispatch.requested(backend))
@@ -89,7 +94,7 @@ def contrastive_loss(content: Tensor, ids_embedding: Tensor, *, item_ids: Tensor
 
 def _losses(x: Tensor, y: Tensor, extra: Tensor | None, scale: Tensor, item_ids: Tensor | None, duplicates: str,
             log_q: Tensor | None, direction: str, request: str) -> Tensor:  # fmt: skip
-    """``loss_i [B]``, from the logsumexp over the *other* candidates ``n_i``.
+    """``loss_i [B]`` in float64, from the logsumexp over the *other* candidates ``n_i``.
 
     With the positive's logit ``p_i``, ``logsumexp(p_i, n_i) - p_i = log(1 + exp(n_i - p_i))``. Here the positive cancels
     exactly, so that a loss of 1e-4 keeps its digits where logits are near 100.
@@ -101,7 +106,10 @@ def _losses(x: Tensor, y: Tensor, extra: Tensor | None, scale: Tensor, item_ids:
     asked = [direction in ("both", way) for way in DIRECTIONS[1:]]
     masked = item_ids if duplicates == "mask" else None
     statistics = torch.ops.em3.contrastive_loss(x, candidates, scale, masked, offset, *asked, request)
-    positive = scale * (x * y).sum(-1)  # [B]
+    if duplicates == "positive":
+        # Here the positives cancel each other; where all rows are one item, all but entirely.
+        x, y = x.double(), y.double()
+    positive = scale * (x * y).sum(-1, dtype=scale.dtype)  # [B]
     if log_q is not None:
         positive = positive - log_q
     # At the threshold log(1 + e^40) is 40 in float64 too; the default of 20 is off by 2e-9.
@@ -197,7 +205,7 @@ def _check_options(has_ids: bool, has_negatives: bool, duplicates: str, directio
 # The registered operator is the part that must never hold B x B numbers. With S = scale x y^T, candidates j != i that are
 # not of row i's item (item_ids), and offsets of the M = B + K candidates:
 #   row_i = logsumexp_j (S_ij + offset_j), j < M;  col_j = logsumexp_i (S_ij + offset_i), i < B, for j < B.
-# -inf where no candidate is left; empty where not asked for. x and y come in float32 or float64.
+# -inf where no candidate is left; empty where not asked for. x and y come in float32 or float64, scale in float64.
 torch.library.define(
     "em3::contrastive_loss",
     "(Tensor x, Tensor y, Tensor scale, Tensor? item_ids, Tensor? offset, bool rows, bool cols, str backend)"
@@ -232,7 +240,8 @@ def _forward_fake(x, y, scale, item_ids, offset, rows, cols, backend):
 
 @torch.library.register_fake("em3::contrastive_loss_backward")
 def _backward_fake(drow, dcol, x, y, scale, item_ids, offset, row, col, need, backend):
-    return tuple(x.new_empty(t.shape if n else (0,)) for t, n in zip((x, y, scale, offset), need, strict=True))
+    wanted = zip((x, y, scale, offset), need, strict=True)
+    return tuple(t.new_empty(t.shape) if n else x.new_empty(0) for t, n in wanted)
 
 
 def _setup_context(ctx, inputs, output):

@@ -85,7 +85,7 @@ def backward(drow: Tensor | None, dcol: Tensor | None, x: Tensor, y: Tensor, sca
             to_y[c].addmm_(ds.t(), sheet.x[r])
     dx = x.new_empty(0) if to_x is None else _restore(sheet, to_x)
     # S = scale x y^T, so the gradient to the scale is that to S summed against x y^T, row by row.
-    dscale = (dx * x).sum(-1).sum() if need_scale else x.new_empty(0)
+    dscale = (dx * x).sum(dtype=scale.dtype) if need_scale else x.new_empty(0)
     dx = dx.mul_(scale) if need_x else x.new_empty(0)
     # No tensor may be returned twice: an operator's outputs must not alias.
     dy, doffset = (x.new_empty(0) if t is None else _restore(sheet, t) for t in (to_y, to_offset))
