@@ -39,7 +39,7 @@ $(VENV)/tools: Makefile
 # The stamp bears the time of the start, lest a file that is edited during the build be missed next time.
 $(VENV)/installed: $(VENV)/tools $(SOURCES)
 	touch $@.started
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[train,hf,test]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[train,hf,test,bench]"
 	mv $@.started $@
 
 lint: install

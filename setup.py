@@ -1,4 +1,6 @@
-"""Builds em3._C from csrc/ and installs kernels/ as em3.kernels. Everything static is in pyproject.toml.
+"""Builds em3._C from csrc/; installs kernels/ as em3.kernels and benchmarks/ as em3.benchmarks.
+
+Everything static is in pyproject.toml.
 
 The extension includes no torch header, so this file never imports torch. These variables steer it:
 
@@ -328,8 +330,9 @@ setup(
         *find_packages(include=["em3", "em3.*"]),
         "em3.kernels",
         *(f"em3.kernels.{name}" for name in find_packages("kernels")),
+        "em3.benchmarks",
     ],
-    package_dir={"em3": "em3", "em3.kernels": "kernels"},
+    package_dir={"em3": "em3", "em3.kernels": "kernels", "em3.benchmarks": "benchmarks"},
     ext_modules=[Extension("em3._C", SOURCES, language="c++")],
     cmdclass={"build_ext": BuildExt, "build_py": BuildPy},
     zip_safe=False,

@@ -1,54 +1,112 @@
-"""``contrastive_loss`` against the full matrix of logits with two cross entropies: time, and peak memory at 16,384."""
+"""``contrastive_loss`` against the full matrix of logits, and the losses of OpenCLIP, sentence-transformers and others."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import em3
 
-from . import measure
+from .forms import Call, Dims, Form, Inputs, Operation, Work, leaves
 
-V = 128
-
-MEMORY = """
-import em3
-from benchmarks.contrastive_loss import {form}, inputs
-content, ids, scale = inputs(16384)
-small = inputs(64)
-torch.autograd.grad({form}(*small), small)
-# measure
-torch.autograd.grad({form}(content, ids, scale), (content, ids, scale))
-"""
+SCALE = 14.0  # 1 / 0.07, where CLIP starts
+BLOCK = 1024  # rows of the matrix that the truth holds at a time
 
 
-def inputs(b: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    content = torch.randn(b, V)
-    return content.requires_grad_(), (content.detach() + torch.randn(b, V)).requires_grad_(), torch.tensor(14.0).requires_grad_()
+def make(dims: Dims, device: str, dtype: torch.dtype) -> Inputs:
+    content = torch.randn(dims["B"], dims["V"])
+    tensors = {"content": content, "ids_embedding": content + torch.randn_like(content), "logit_scale": torch.tensor(SCALE)}
+    return {name: tensor.to(device, dtype).requires_grad_() for name, tensor in tensors.items()}
 
 
-def full_matrix(content: torch.Tensor, ids: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    logits = scale * F.normalize(content, dim=-1) @ F.normalize(ids, dim=-1).T
-    labels = torch.arange(len(logits))
-    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+def ours(inputs: Inputs, backend: str) -> Tensor:
+    return em3.ops.contrastive_loss(**inputs, backend=backend)
 
 
-def tiled(content: torch.Tensor, ids: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return em3.ops.contrastive_loss(content, ids, logit_scale=scale, backend="torch")
+def _unit(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    return F.normalize(inputs["content"], dim=-1), F.normalize(inputs["ids_embedding"], dim=-1)
 
 
-def rows() -> Iterator[dict]:
-    for b in (256, 1024, 2048, 8192, 16384):
-        leaves = inputs(b)
-        calls = {
-            "full matrix": lambda a=leaves: torch.autograd.grad(full_matrix(*a), a),
-            "torch": lambda a=leaves: torch.autograd.grad(tiled(*a), a),
-        }
-        measure.same_function({name: call() for name, call in calls.items()})
-        note = ""
-        if b == 16384:
-            whole, ours = (measure.peak_memory(MEMORY.format(form=f)) for f in ("full_matrix", "tiled"))
-            note = f"peak memory above the inputs: {ours:.0f} MiB against {whole:.0f} MiB"
-        yield measure.row("contrastive_loss", f"B={b} V={V}", "full matrix", measure.medians(calls, least=3), note)
+def truth(inputs: Inputs) -> Tensor:
+    """Both directions, some rows of the matrix after the other: in float64 a batch of 65,536 would fill 34 GB with it."""
+    x, y = _unit(inputs)
+    scale = inputs["logit_scale"]
+
+    def rows(part: Tensor, others: Tensor) -> Tensor:
+        return (scale * part @ others.T).logsumexp(1).sum()
+
+    total = -2 * scale * (x * y).sum()
+    for anchors, others in ((x, y), (y, x)):
+        for part in anchors.split(BLOCK):
+            total = total + checkpoint(rows, part, others, use_reentrant=False)
+    return total / (2 * len(x))
+
+
+def plain(inputs: Inputs) -> Call:
+    labels = torch.arange(len(inputs["content"]), device=inputs["content"].device)
+
+    def forward() -> Tensor:
+        x, y = _unit(inputs)
+        logits = inputs["logit_scale"] * x @ y.T
+        return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+    return Call(forward, leaves(inputs))
+
+
+def open_clip(inputs: Inputs) -> Call:
+    from open_clip.loss import ClipLoss
+
+    loss = ClipLoss()
+    return Call(lambda: loss(*_unit(inputs), inputs["logit_scale"]), leaves(inputs))
+
+
+def sentence_transformers(inputs: Inputs) -> Call:
+    """Its symmetric loss on embeddings that are there already; its scale takes no gradient."""
+    from sentence_transformers.losses import MultipleNegativesSymmetricRankingLoss
+
+    loss = MultipleNegativesSymmetricRankingLoss(nn.Identity(), scale=float(inputs["logit_scale"].detach()))
+    embeddings = [inputs["content"], inputs["ids_embedding"]]
+    return Call(lambda: loss.compute_loss_from_embeddings(embeddings, torch.empty(0)), _embeddings(inputs))
+
+
+def pytorch_metric_learning(inputs: Inputs) -> Call:
+    """NT-Xent in both directions; its temperature takes no gradient."""
+    from pytorch_metric_learning.losses import NTXentLoss
+
+    loss = NTXentLoss(temperature=1 / float(inputs["logit_scale"].detach()))
+    x, y = inputs["content"], inputs["ids_embedding"]
+    labels = torch.arange(len(x), device=x.device)
+    others = labels.clone()  # the same tensor would mean that a row must not be paired with itself
+
+    def forward() -> Tensor:
+        ways = [loss(a, labels, ref_emb=b, ref_labels=others) for a, b in ((x, y), (y, x))]
+        return (ways[0] + ways[1]) / 2
+
+    return Call(forward, _embeddings(inputs))
+
+
+def _embeddings(inputs: Inputs) -> dict[str, Tensor]:
+    return {name: inputs[name] for name in ("content", "ids_embedding")}
+
+
+def plain_work(dims: Dims) -> Work:
+    """``2 B^2 V`` FLOPs forward and twice that backward. The matrix is written, read and written as log-probabilities in
+    each direction (5 times its size), and 6 times backward."""
+    b, v = dims["B"], dims["V"]
+    return Work(2 * b * b * v, 4 * b * b * v, 5 * b * b + 2 * b * v, 6 * b * b + 4 * b * v)
+
+
+def our_work(dims: Dims) -> Work:
+    """``2 B^2 V`` FLOPs forward; backward the logits once more and two products of the same size. The matrix never
+    leaves the caches; the embeddings are read, and their gradients written."""
+    b, v = dims["B"], dims["V"]
+    return Work(2 * b * b * v, 6 * b * b * v, 2 * b * v, 4 * b * v)
+
+
+OPERATION = Operation(
+    "contrastive_loss", make, truth, plain, ours, plain_work, our_work,
+    tuple(Form(peer.__name__, peer, plain_work, package=peer.__name__)
+          for peer in (open_clip, sentence_transformers, pytorch_metric_learning)),
+)  # fmt: skip

@@ -1,39 +1,110 @@
-"""``lora_linear`` against the frozen linear layer alone (the floor) and LoRA as PEFT computes it."""
+"""``lora_linear`` against the two thin layers of the textbook, a loop over adapters, and PEFT."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 import em3
+from em3 import reference
 
-from . import measure
+from .forms import Call, Dims, Form, Inputs, Operation, Work, leaves
 
-SHAPES = [(8192, 512, 512, 8), (16384, 256, 64, 8)]  # (T, C, D, R)
+SCALING = 2.0
 
 
-def rows() -> Iterator[dict]:
-    for t, c, d, r in SHAPES:
-        x = torch.randn(t, c, requires_grad=True)
-        weight, bias = torch.randn(d, c) / c**0.5, torch.randn(d)
-        a, b = (torch.randn(r, c) / c**0.5).requires_grad_(), (torch.randn(d, r) / r).requires_grad_()
-        grad = torch.randn(t, d)
+def make(dims: Dims, device: str, dtype: torch.dtype) -> Inputs:
+    t, c, d, r, g = (dims[key] for key in ("T", "C", "D", "R", "G"))
+    several = (g,) if g else ()
 
-        def separate(x=x, w=weight, bias=bias, a=a, b=b):
-            return F.linear(x, w, bias) + F.linear(F.linear(x, a), b) * 2.0
+    def to(tensor: Tensor, trained: bool = True) -> Tensor:
+        return tensor.to(device, dtype).requires_grad_(trained)
 
-        def ours(x=x, w=weight, bias=bias, a=a, b=b):
-            return em3.ops.lora_linear(x, w, bias, a, b, scaling=2.0, backend="torch")
+    return {
+        "x": to(torch.randn(t, c)), "weight": to(torch.randn(d, c) / c**0.5, False), "bias": to(torch.randn(d), False),
+        "lora_a": to(torch.randn(*several, r, c) / c**0.5), "lora_b": to(torch.randn(*several, d, r) / r),
+        "adapter": torch.randint(g, (t,)).to(device) if g else None, "scaling": SCALING,
+    }  # fmt: skip
 
-        leaves = [x, a, b]
-        calls = {
-            "LoRA as two more layers": lambda f=separate, v=leaves, g=grad: torch.autograd.grad(f(), v, g),
-            "torch": lambda f=ours, v=leaves, g=grad: torch.autograd.grad(f(), v, g),
-        }
-        measure.same_function({name: call() for name, call in calls.items()})
-        calls["frozen layer alone"] = lambda x=x, w=weight, b=bias, g=grad: torch.autograd.grad(F.linear(x, w, b), x, g)
-        times = measure.medians(calls)
-        note = f"em3 costs {times['torch'] / times['frozen layer alone']:.2f} times the frozen layer"
-        yield measure.row("lora_linear", f"T={t} C={c} D={d} R={r}", "LoRA as two more layers", times, note)
+
+def ours(inputs: Inputs, backend: str) -> Tensor:
+    return em3.ops.lora_linear(**inputs, backend=backend)
+
+
+def truth(inputs: Inputs) -> Tensor:
+    """With many adapters the plain form; the reference's loop would keep ``G`` masks of ``[T, D]``."""
+    return reference.lora_linear(**inputs) if inputs["adapter"] is None else plain(inputs).forward()
+
+
+def plain(inputs: Inputs) -> Call:
+    x, weight, bias, a, b = (inputs[name] for name in ("x", "weight", "bias", "lora_a", "lora_b"))
+
+    def low_rank() -> Tensor:
+        if inputs["adapter"] is None:
+            return F.linear(F.linear(x, a), b)
+        # Each row's own adapter is gathered: Punica's baseline "Gather-BMM".
+        return torch.bmm(b[inputs["adapter"]], torch.bmm(a[inputs["adapter"]], x[..., None]))[..., 0]  # [T, D]
+
+    return Call(lambda: F.linear(x, weight, bias) + SCALING * low_rank(), leaves(inputs))
+
+
+def loop(inputs: Inputs) -> Call:
+    """One adapter after the other. Which rows belong to whom is known beforehand: the best a loop can hope for."""
+    x, a, b = (inputs[name] for name in ("x", "lora_a", "lora_b"))
+    rows = [(inputs["adapter"] == g).nonzero()[:, 0] for g in range(len(a))]
+
+    def forward() -> Tensor:
+        y = F.linear(x, inputs["weight"], inputs["bias"])
+        for g, mine in enumerate(rows):
+            y.index_add_(0, mine, SCALING * F.linear(F.linear(x[mine], a[g]), b[g]))
+        return y
+
+    return Call(forward, leaves(inputs))
+
+
+def peft_layer(weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> tuple[Any, Tensor, Tensor]:
+    """A linear layer wrapped by PEFT, with the adapter's two parameters."""
+    from peft import LoraConfig, get_peft_model
+
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    config = LoraConfig(r=len(a), lora_alpha=int(scaling * len(a)), lora_dropout=0.0, target_modules=["0"])
+    model: Any = get_peft_model(nn.Sequential(linear), config)
+    layer: Any = model.base_model.model[0]
+    parts = [layer.lora_A["default"], layer.lora_B["default"]]
+    for part, value in zip(parts, (a, b), strict=True):
+        part.weight = nn.Parameter(value.detach())
+    return layer, parts[0].weight, parts[1].weight
+
+
+def peft(inputs: Inputs) -> Call:
+    layer, a, b = peft_layer(inputs["weight"], inputs["bias"], inputs["lora_a"], inputs["lora_b"], inputs["scaling"])
+    return Call(lambda: layer(inputs["x"]), {"x": inputs["x"], "lora_a": a, "lora_b": b})
+
+
+def work(dims: Dims) -> Work:
+    """``2 T C D`` FLOPs for the layer and ``2 T R (C + D)`` for the adapter forward; backward the first once more (the
+    weight is frozen) and the second twice. Inputs are read once and results written once in each direction."""
+    t, c, d, r = (dims[key] for key in ("T", "C", "D", "R"))
+    layer, thin = 2 * t * c * d, 2 * t * r * (c + d)
+    weights = c * d + max(dims["G"], 1) * r * (c + d)
+    return Work(layer + thin, layer + 2 * thin, t * (c + d) + weights, t * (2 * c + d) + 2 * weights)
+
+
+def _no_mixing(dims: Dims, device: str) -> str | None:
+    return "it mixes adapters within a batch at inference only" if dims["G"] else None
+
+
+def _no_loop(dims: Dims, device: str) -> str | None:
+    return None if dims["G"] else "one adapter needs no loop"
+
+
+OPERATION = Operation(
+    "lora_linear", make, truth, plain, ours, work, work,
+    (Form("loop", loop, work, refuses=_no_loop), Form("peft", peft, work, package="peft", refuses=_no_mixing)),
+)  # fmt: skip

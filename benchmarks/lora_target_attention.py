@@ -1,48 +1,112 @@
-"""``lora_target_attention`` against gathering the history, projecting it with LoRA and PyTorch's own attention."""
+"""``lora_target_attention`` against gathering the history, projecting it with LoRA (PEFT's too), and PyTorch's attention."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import em3
+from em3 import reference
 
-from . import measure
+from .forms import Call, Dims, Form, Inputs, Operation, Work, leaves, lengths, offsets, padding
+from .lora_linear import peft_layer
 
-SHAPES = [(64, 200, 256, 4), (64, 1000, 128, 4), (32, 200, 512, 8)]  # (B, N, C = D, H)
+Project = Callable[[Tensor], Tensor]
 
 
-def rows() -> Iterator[dict]:
-    for b, n, d, h in SHAPES:
-        bank = torch.randn(20_000, d)
-        history = torch.randint(20_000, (b, n))
-        target = torch.randn(b, d, requires_grad=True)
-        w_q, w_k, w_v, w_o = (torch.randn(d, d) / d**0.5 for _ in range(4))
-        lora = [((torch.randn(8, d) / d**0.5).requires_grad_(), (torch.randn(d, 8) / 8).requires_grad_(), 1.0) for _ in "kv"]
-        leaves = [target, *(t for g in lora for t in g[:2])]
-        grad = torch.randn(b, d)
+def make(dims: Dims, device: str, dtype: torch.dtype) -> Inputs:
+    b, n, c, d, r, q = (dims[key] for key in ("B", "N", "C", "D", "R", "Q"))
+    of = lengths(b, n, dims["lengths"] == "skewed")
 
-        def peer(h=h, w=(w_q, w_k, w_v, w_o), lora=lora, bank=bank, history=history, target=target):
-            x = bank[history]
-            k, v = (
-                F.linear(x, weight) + F.linear(F.linear(x, a), up) * s
-                for weight, (a, up, s) in zip(w[1:3], lora, strict=True)
-            )
-            q = F.linear(target[:, None], w[0])
-            q, k, v = (t.unflatten(-1, (h, -1)).transpose(1, 2) for t in (q, k, v))
-            return F.linear(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), w[3])[:, 0]
+    def to(tensor: Tensor, trained: bool = False) -> Tensor:
+        return tensor.to(device, dtype).requires_grad_(trained)
 
-        def ours(h=h, w=(w_q, w_k, w_v, w_o), lora=lora, bank=bank, history=history, target=target):
-            return em3.ops.lora_target_attention(
-                target, history, bank, *w, lora_k=lora[0], lora_v=lora[1], num_heads=h, backend="torch"
-            )
+    def lora() -> tuple[Tensor, Tensor, float]:
+        return to(torch.randn(r, c) / c**0.5, True), to(torch.randn(d, r) / r, True), 1.0
 
-        calls = {
-            "LoRA projection + SDPA": lambda f=peer, v=leaves, g=grad: torch.autograd.grad(f(), v, g),
-            "torch": lambda f=ours, v=leaves, g=grad: torch.autograd.grad(f(), v, g),
-        }
-        measure.same_function({name: call() for name, call in calls.items()})
-        shape = f"B={b} N={n} C=D={d} H={h} R=8"
-        yield measure.row("lora_target_attention", shape, "LoRA projection + SDPA", measure.medians(calls), "frozen weights")
+    return {
+        "target": to(torch.randn(b, d) if q == 1 else torch.randn(b, q, d), True),
+        "ids": torch.randint(dims["bank"], (int(of.sum()),)).to(device), "offsets": offsets(of).to(device),
+        "bank": to(torch.randn(dims["bank"], c)), "w_q": to(torch.randn(d, d) / d**0.5),
+        "w_k": to(torch.randn(d, c) / c**0.5), "w_v": to(torch.randn(d, c) / c**0.5), "w_o": to(torch.randn(d, d) / d**0.5),
+        "lora_k": lora(), "lora_v": lora(), "num_heads": dims["H"],
+    }  # fmt: skip
+
+
+def _arguments(inputs: Inputs) -> dict[str, Any]:
+    """The inputs as the operation takes them."""
+    history = em3.Jagged(inputs["ids"], inputs["offsets"])
+    return {"history": history} | {key: value for key, value in inputs.items() if key not in ("ids", "offsets")}
+
+
+def ours(inputs: Inputs, backend: str) -> Tensor:
+    return em3.ops.lora_target_attention(**_arguments(inputs), backend=backend)
+
+
+def truth(inputs: Inputs) -> Tensor:
+    return reference.lora_target_attention(**_arguments(inputs))
+
+
+def _attention(inputs: Inputs, key: Project, value: Project) -> Callable[[], Tensor]:
+    """Gather, project, attend; histories are padded beforehand, as a ranker's input pipeline does it."""
+    places, real = padding(inputs["offsets"])
+    ids = inputs["ids"][places]  # [B, N]
+    mask = None if bool(real.all()) else real[:, None, None, :]
+    target, w_q, w_o, bank, h = (inputs[name] for name in ("target", "w_q", "w_o", "bank", "num_heads"))
+
+    def forward() -> Tensor:
+        x = bank[ids]  # [B, N, C]
+        targets = target if target.dim() == 3 else target[:, None]  # [B, Q, D]
+        q, k, v = (t.unflatten(-1, (h, -1)).transpose(1, 2) for t in (F.linear(targets, w_q), key(x), value(x)))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        return F.linear(out, w_o).view_as(target)
+
+    return forward
+
+
+def plain(inputs: Inputs) -> Call:
+    def project(name: str) -> Project:
+        weight, (a, b, scaling) = inputs[f"w_{name}"], inputs[f"lora_{name}"]
+        return lambda x: F.linear(x, weight) + scaling * F.linear(F.linear(x, a), b)
+
+    return Call(_attention(inputs, project("k"), project("v")), leaves(inputs))
+
+
+def peft(inputs: Inputs) -> Call:
+    of: dict[str, Tensor] = {"target": inputs["target"]}
+    layers = []
+    for name in "kv":
+        a, b, scaling = inputs[f"lora_{name}"]
+        layer, of[f"lora_{name}[0]"], of[f"lora_{name}[1]"] = peft_layer(inputs[f"w_{name}"], None, a, b, scaling)
+        layers.append(layer)
+    return Call(_attention(inputs, *layers), of)
+
+
+def plain_work(dims: Dims) -> Work:
+    """Rows are gathered and projected: ``4 T C D + 4 T R (C + D)`` FLOPs for ``T = B N``, the thin products twice more
+    backward (the weights are frozen and the bank takes no gradient), ``4 T Q D`` for the attention and twice that
+    backward. Gathered rows, keys and values are written once and read once, their gradients likewise."""
+    b, n, c, d, r, q = (dims[key] for key in ("B", "N", "C", "D", "R", "Q"))
+    t = b * n
+    thin, attention, ends = 4 * t * r * (c + d), 4 * t * q * d, 4 * b * q * d * d
+    return Work(4 * t * c * d + thin + attention + ends, 2 * (thin + attention) + ends,
+                3 * t * c + 4 * t * d + 2 * c * d, t * c + 6 * t * d)  # fmt: skip
+
+
+def our_work(dims: Dims) -> Work:
+    """The projections are folded into the targets: ``4 T H Q C`` FLOPs forward, ``6 T H Q C`` backward, and
+    ``4 B Q D (C + D)`` for the projections of targets and results; the rows are read once in each direction."""
+    b, n, c, d, q, h = (dims[key] for key in ("B", "N", "C", "D", "Q", "H"))
+    t = b * n
+    ends = 4 * b * q * d * (c + d)
+    return Work(4 * t * h * q * c + ends, 6 * t * h * q * c + 2 * ends,
+                t * c + 2 * b * h * q * c + 2 * c * d, t * c + 4 * b * h * q * c + 2 * c * d)  # fmt: skip
+
+
+OPERATION = Operation(
+    "lora_target_attention", make, truth, plain, ours, plain_work, our_work, (Form("peft", peft, plain_work, package="peft"),)
+)

@@ -21,6 +21,7 @@ COMMANDS = {  # name: (module, one line for `em3 --help`)
     "train": ("em3.commands.train", "train a ranker with IDs alone, with frozen content and with EM3; write a report"),
     "evaluate": ("em3.commands.evaluate", "metrics of a run's trained models"),
     "embed": ("em3.commands.embed", "content embeddings of new items to Parquet or npy"),
+    "bench": ("em3.commands.bench", "what em3 gains on this machine, against what you would have instead"),
     "env": ("em3.env", "what is installed, compiled and usable here, and why the rest is not"),
 }
 

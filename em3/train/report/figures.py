@@ -21,9 +21,9 @@ POINTS = 150  # of a curve, neighbours are averaged
 SIZE = (4.2, 2.7)  # inches of 100 pixels: legible when a phone shows it 350 pixels wide
 
 # matplotlib writes colours as numbers; these stand for CSS variables and are replaced at the end.
-_INK, _LINE, _OTHER = "#000001", "#000002", "#000003"
-_SERIES = [f"#0001{i:02x}" for i in range(SERIES)]
-_VARIABLES = {_INK: "--muted", _LINE: "--line", _OTHER: "--other"} | {c: f"--s{i}" for i, c in enumerate(_SERIES)}
+INK, LINE, _OTHER = "#000001", "#000002", "#000003"
+COLOURS = [f"#0001{i:02x}" for i in range(SERIES)]
+_VARIABLES = {INK: "--muted", LINE: "--line", _OTHER: "--other"} | {c: f"--s{i}" for i, c in enumerate(COLOURS)}
 
 
 def arm_colours(arms: Sequence[Arm]) -> dict[str, int]:
@@ -40,21 +40,21 @@ def curves(arms: Sequence[Arm], what: str) -> str | None:
     highest.
     """
     colours = arm_colours(arms)
-    figure, axes = _figure(SIZE)
+    figure, axes = blank(SIZE)
     for arm in arms:
         steps, values = _common([(c.steps, c.loss) if what == "loss" else (c.valid_steps, c.valid_auc)
                                  for c in arm.curves])  # fmt: skip
         if not len(steps):
             continue
-        colour = _SERIES[colours[arm.name]]
+        colour = COLOURS[colours[arm.name]]
         mean = values.mean(0)
         axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.18, linewidth=0)
         axes.plot(steps, mean, color=colour, linewidth=1.8, marker="o" if len(steps) < 3 else None, markersize=3)
     if not axes.lines:
         return None
-    axes.grid(True, color=_LINE, linewidth=0.8)
-    axes.set_xlabel("step", color=_INK, fontsize=9)
-    return _svg(figure, what)
+    axes.grid(True, color=LINE, linewidth=0.8)
+    axes.set_xlabel("step", color=INK, fontsize=9)
+    return svg(figure, what)
 
 
 def _common(series: list[tuple[list[int], list[float]]]) -> tuple[np.ndarray, np.ndarray]:
@@ -81,12 +81,12 @@ def embeddings(alignment: Alignment) -> tuple[str, str]:
     middle = (every.max(0) + every.min(0)) / 2
     half = 0.53 * float((every.max(0) - every.min(0)).max()) or 1.0  # of a square with both drawings' points
     named = largest_groups(alignment.groups)
-    colours = [_SERIES[named.index(group)] if group in named else _OTHER for group in alignment.groups]
+    colours = [COLOURS[named.index(group)] if group in named else _OTHER for group in alignment.groups]
 
     def draw(content: list[list[float]], ids: list[list[float]], name: str) -> str:
         from matplotlib.collections import LineCollection
 
-        figure, axes = _figure((4.2, 4.2))
+        figure, axes = blank((4.2, 4.2))
         dots, rings = np.array(content), np.array(ids)
         axes.add_collection(LineCollection(list(np.stack([dots, rings], 1)), colors=colours, linewidths=0.5, alpha=0.22,
                                            clip_on=False))  # fmt: skip
@@ -94,24 +94,26 @@ def embeddings(alignment: Alignment) -> tuple[str, str]:
         axes.scatter(dots[:, 0], dots[:, 1], s=11, c=colours, linewidths=0, clip_on=False)
         axes.set(xlim=(middle[0] - half, middle[0] + half), ylim=(middle[1] - half, middle[1] + half))
         axes.set(xticks=[], yticks=[], aspect="equal")
-        return _svg(figure, name)
+        return svg(figure, name)
 
     before = draw(alignment.content_before, alignment.ids_before, "before")
     return before, draw(alignment.content_after, alignment.ids_after, "after")
 
 
-def _figure(size: tuple[float, float]) -> tuple[Figure, Axes]:
+def blank(size: tuple[float, float]) -> tuple[Figure, Axes]:
+    """Empty axes in the colours of the page."""
     from matplotlib.figure import Figure
 
     figure = Figure(size, dpi=100, layout="constrained")
     axes = figure.subplots()
     for side in axes.spines.values():
-        side.set_color(_LINE)
-    axes.tick_params(colors=_INK, labelsize=9, length=0)
+        side.set_color(LINE)
+    axes.tick_params(colors=INK, labelsize=9, length=0)
     return figure, axes
 
 
-def _svg(figure: Figure, name: str) -> str:
+def svg(figure: Figure, name: str) -> str:
+    """The figure to stand inside a page, whose CSS variables its colours become; ``name`` is read out instead of it."""
     import matplotlib
 
     content = io.StringIO()

@@ -10,14 +10,11 @@ from typing import Any
 
 from ...files import atomic
 from ..metrics import METRICS, spread
-from . import figures
+from . import figures, frame
 from .comparison import Difference, difference, distance_text, error_text, headline, number
 from .pictures import PictureError, thumbnail
-from .style import CSS
 from .summary import EM3, ID_ONLY, PERFECT, TWO_STAGE, Alignment, Arm, Card, Cost, Neighbours, RunSummary
 
-# The browser itself refuses to load or run anything that is not in the file.
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _NAMES = {"auc": "AUC", "gauc": "GAUC", "log_loss": "log loss"}
 _PARTS = {"": "All items", "_warm": "Warm items", "_cold": "Cold items", "_new_user": "New users"}
 
@@ -38,25 +35,7 @@ def write_report(folder: Path, run: RunSummary) -> Path:
         _head(run), _warnings(warnings), _results(run), _curves(run.arms), _cost(run.arms), _alignment(run.alignment),
         neighbours, _setup(run),
     ])  # fmt: skip
-    title = escape(f"{run.data}: EM3 with {run.ranker}")
-    page = f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<link rel="icon" href="data:,">
-<style>{CSS}</style>
-</head>
-<body>
-<main>
-{body}
-<footer>Written by em3 {escape(run.version)}.</footer>
-</main>
-</body>
-</html>
-"""
+    page = frame.whole(f"{run.data}: EM3 with {run.ranker}", body, run.version)
     path = Path(folder) / "report.html"
     with atomic(path) as file:
         file.write(page.encode("utf-8", "replace"))  # a title may hold half of a surrogate pair
@@ -81,7 +60,7 @@ def _warnings(warnings: Sequence[str]) -> str:
     if not warnings:
         return ""
     lines = "".join(f"<li>{escape(warning)}</li>" for warning in warnings)
-    return f'{_title("Warnings")}<ul class="warnings">{lines}</ul>'
+    return f'{frame.title("Warnings")}<ul class="warnings">{lines}</ul>'
 
 
 def _results(run: RunSummary) -> str:
@@ -90,22 +69,22 @@ def _results(run: RunSummary) -> str:
     top = "".join(f'<th class="first" colspan="{len(METRICS)}">{_PARTS[part]}</th>' for part in parts)
     below = "".join(f"<th{_first(metric)}>{_NAMES[metric]}</th>" for _ in parts for metric in METRICS)
     head = f"<thead><tr><th></th>{top}</tr><tr><th></th>{below}</tr></thead>"
-    rows = "".join(_row(arm.name, [_mean(arm, key) for key in keys], _kind(arm.name)) for arm in run.arms)
+    rows = "".join(frame.row(arm.name, [_mean(arm, key) for key in keys], _kind(arm.name)) for arm in run.arms)
     several = len(run.seeds) > 1
     over = f"mean ± standard error over {len(run.seeds)} seeds" if several else "one seed, so no standard error"
     page = (
-        _title("Results on the test rows")
+        frame.title("Results on the test rows")
         + f'<p class="note">{over[0].upper()}{over[1:]}. Higher AUC and GAUC are better, lower log loss is better. '
         "GAUC is the AUC within groups of rows ranked together, weighted by their rows. Cold items have no event in "
-        "the training period.</p>" + _table(f"{head}<tbody>{rows}</tbody>", "results of each arm")
+        "the training period.</p>" + frame.table(f"{head}<tbody>{rows}</tbody>", "results of each arm")
     )
     found = [(other, [difference(run, other, key) for key in keys]) for other in (ID_ONLY, TWO_STAGE)]
     rows = "".join(
-        _row(f"EM3 \N{MINUS SIGN} {other}", [_delta(d, key) for d, key in zip(differences, keys, strict=True)])
+        frame.row(f"EM3 \N{MINUS SIGN} {other}", [_delta(d, key) for d, key in zip(differences, keys, strict=True)])
         for other, differences in found if any(d is not None for d in differences)
     )  # fmt: skip
     if rows:
-        page += _table(f"{head}<tbody>{rows}</tbody>", "paired differences") + (
+        page += frame.table(f"{head}<tbody>{rows}</tbody>", "paired differences") + (
             '<p class="note">Differences are paired seed by seed; s.e. = standard errors from zero. Coloured where '
             "Student's t gives p &lt; 0.05. Seeds show how far training varies; all share the same test rows.</p>"
         )
@@ -118,10 +97,6 @@ def _first(key: str) -> str:
 
 def _kind(arm: str) -> str:
     return {EM3: "ours", PERFECT: "known"}.get(arm, "")
-
-
-def _row(name: str, cells: Iterable[str], kind: str = "") -> str:
-    return f'<tr class="{kind}"><th scope="row">{escape(name)}</th>{"".join(cells)}</tr>'
 
 
 def _mean(arm: Arm, key: str) -> str:
@@ -149,17 +124,12 @@ def _curves(arms: Sequence[Arm]) -> str:
     if not shown:
         return ""
     colours = figures.arm_colours(arms)
-    legend = _legend((arm.name, f"--s{colours[arm.name]}") for arm in arms if arm.curves)
+    legend = frame.legend((arm.name, f"--s{colours[arm.name]}") for arm in arms if arm.curves)
     return (
-        _title("Training")
+        frame.title("Training")
         + '<p class="note">Lines are means over the seeds at the steps all seeds reached; bands go from the lowest '
         f'seed to the highest.</p>{legend}<div class="figures">{shown}</div>'
     )
-
-
-def _legend(entries: Iterable[tuple[str, str]]) -> str:
-    spans = "".join(f'<span style="--swatch: var({colour})">{escape(name)}</span>' for name, colour in entries)
-    return f'<div class="legend">{spans}</div>'
 
 
 def _cost(arms: Sequence[Arm]) -> str:
@@ -169,11 +139,11 @@ def _cost(arms: Sequence[Arm]) -> str:
     base = costs.get(ID_ONLY)
     names = ["", "step, ms", "20 % to 80 %", "against ID-only", "samples/s", "peak memory, MiB", "against ID-only"]
     head = "".join(f"<th>{name}</th>" for name in names)
-    rows = "".join(_row(name, _cost_cells(cost, base), _kind(name)) for name, cost in costs.items())
+    rows = "".join(frame.row(name, _cost_cells(cost, base), _kind(name)) for name, cost in costs.items())
     return (
-        _title("Cost of training")
+        frame.title("Cost of training")
         + '<p class="note">Step times are medians of wall time with their 20th and 80th percentiles.</p>'
-        + _table(f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>", "cost of each arm")
+        + frame.table(f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>", "cost of each arm")
         + "".join(_parts(name, cost) for name, cost in costs.items() if cost.parts_ms)
     )
 
@@ -199,7 +169,7 @@ def _parts(name: str, cost: Cost) -> str:
     colour = {part: f"--s{i % figures.SERIES}" for i, part in enumerate(cost.parts_ms)}
     bar = "".join(f'<i style="width: {100 * ms / total:.2f}%; --swatch: var({colour[part]})"></i>'
                   for part, ms in cost.parts_ms.items())  # fmt: skip
-    legend = _legend((f"{part}: {ms:.1f} ms, {ms / total:.0%}", colour[part]) for part, ms in cost.parts_ms.items())
+    legend = frame.legend((f"{part}: {ms:.1f} ms, {ms / total:.0%}", colour[part]) for part, ms in cost.parts_ms.items())
     return (
         f'<figure style="margin-top: 14px"><h3>Where a step of {escape(name)} goes</h3>'
         f'<div class="bar">{bar}</div>{legend}</figure>'
@@ -215,15 +185,15 @@ def _alignment(alignment: Alignment | None) -> str:
     if len(set(alignment.groups)) > len(named):
         entries.append(("others", "--other"))
     rows = "".join(
-        _row(name, [f"<td>{number(value, 3)}</td>" for value in values]) for name, values in alignment.numbers.items()
+        frame.row(name, [f"<td>{number(value, 3)}</td>" for value in values]) for name, values in alignment.numbers.items()
     )
-    numbers = _table(f"<thead><tr><th></th><th>before</th><th>after</th></tr></thead><tbody>{rows}</tbody>",
+    numbers = frame.table(f"<thead><tr><th></th><th>before</th><th>after</th></tr></thead><tbody>{rows}</tbody>",
                      "alignment in numbers") if rows else ""  # fmt: skip
     return (
-        _title("Content against ID embeddings")
+        frame.title("Content against ID embeddings")
         + f'<p class="note">{len(alignment.groups)} items, two points each, rows at unit length, on the first two '
         "principal components of all four sets; a thin line joins the two points of an item.</p>"
-        + f'<div class="legend"><span class="dot">content</span><span class="ring">ID</span></div>{_legend(entries)}'
+        + f'<div class="legend"><span class="dot">content</span><span class="ring">ID</span></div>{frame.legend(entries)}'
         + f'<div class="figures"><figure><h3>Before training</h3>{before}</figure>'
         + f"<figure><h3>After training</h3>{after}</figure></div>"
         + (f'<div style="margin-top: 14px">{numbers}</div>' if numbers else "")
@@ -238,7 +208,7 @@ def _neighbours(folder: Path, rows: Sequence[Neighbours], warnings: list[str]) -
         f"{''.join(_card(folder, card, warnings, 'card') for card in row.nearest)}</div>"
         for row in rows
     )
-    return _title("Nearest by content") + (
+    return frame.title("Nearest by content") + (
         '<p class="note">Left the item that was asked about, then the items whose content embeddings are nearest to '
         f"its own, with their cosine.</p>{shown}"
     )
@@ -260,13 +230,13 @@ def _card(folder: Path, card: Card, warnings: list[str], kind: str) -> str:
 
 
 def _setup(run: RunSummary) -> str:
-    config = "".join(_row(key, [f"<td>{escape(value)}</td>"]) for key, value in _flat(run.config))
-    parts = [_title("How to repeat it") + _pre(run.command, "command line")] if run.command else []
+    config = "".join(frame.row(key, [f"<td>{escape(value)}</td>"]) for key, value in _flat(run.config))
+    parts = [frame.title("How to repeat it") + frame.pre(run.command, "command line")] if run.command else []
     if config:
-        table = f'<div class="text">{_table(f"<tbody>{config}</tbody>", "configuration")}</div>'
+        table = f'<div class="text">{frame.table(f"<tbody>{config}</tbody>", "configuration")}</div>'
         parts.append(f"<details><summary>Configuration</summary>{table}</details>")
     if run.environment:
-        environment = _pre(run.environment, "environment")
+        environment = frame.pre(run.environment, "environment")
         parts.append(f"<details><summary>Environment</summary>{environment}</details>")
     return "".join(parts)
 
@@ -280,14 +250,3 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]
             yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _title(text: str) -> str:
-    return f"<h2>{text}</h2>"
-
-
-def _table(content: str, name: str) -> str:
-    """A table that scrolls inside itself, with the keyboard too."""
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="{name}"><table>{content}</table></div>'
-
-
-def _pre(text: str, name: str) -> str:
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="{name}"><pre>{escape(text)}</pre></div>'

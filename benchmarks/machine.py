@@ -1,0 +1,39 @@
+"""What a result depends on beside the code: recorded with every run."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import em3
+
+from .measure import ceilings, name_of
+
+
+def head(device: str, dtypes: tuple[torch.dtype, ...]) -> dict[str, Any]:
+    """Machine, versions, threads, instruction set, and the machine's own limits, which are measured here."""
+    env = em3.env_report()
+    features = env["system"]["cpu_features"]
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else processor(),
+        "threads": torch.get_num_threads(),
+        "instruction_set": features["default"] if features else "em3._C was not built",
+        "torch": torch.__version__,
+        "em3": em3.__version__,
+        "dtypes": [name_of(dtype) for dtype in dtypes],
+        "ceilings": ceilings(device, dtypes),
+        "environment": str(env),
+    }
+
+
+def processor() -> str:
+    """The processor's name and how many of its threads are here."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} threads" if names else platform.processor() or platform.machine()

@@ -1,0 +1,106 @@
+"""One shape of one operation, measured: what each form needs, whether it is the same function, and how long it takes."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import measure, memory
+from .forms import Call, Form, Inputs
+from .registry import OPERATIONS
+from .shapes import Shape
+
+SLOW = 10.0  # seconds of a step, beyond which three rounds must do
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long a shape is measured."""
+
+    seconds: float  # for each form
+    rounds: int  # at least
+    compiled: bool  # whether torch.compile takes part, which works for seconds to minutes on each shape
+
+
+FULL = Effort(seconds=3.0, rounds=7, compiled=True)
+QUICK = Effort(seconds=1.0, rounds=5, compiled=False)
+
+
+def measured(shape: Shape, device: str, dtype: torch.dtype, effort: Effort) -> list[dict[str, Any]]:
+    """A row for every form: its numbers, or in ``status`` and ``reason`` why it has none.
+
+    Forms are held against float64 before anything is timed; one that is wrong gets no time.
+    """
+    operation = OPERATIONS[shape.op]
+    torch.manual_seed(zlib.crc32(f"{shape.op} {shape.dims} {dtype}".encode()))
+    inputs = operation.make(shape.dims, device, dtype)
+    grad = gradient(operation.ours(inputs, "auto"))
+    want = measure.true_results(operation.truth, inputs, grad)
+    forms = [form for form in operation.forms() if effort.compiled or not form.compiled]
+    rows: dict[str, dict[str, Any]] = {}
+    calls: dict[str, Call] = {}
+    slowest = 0.0
+    for form in sorted(forms, key=lambda form: form.name != "plain"):  # its own error is the measure of the others
+        row = rows[form.name] = _needs(form, shape, device, dtype)
+        if row["status"] != "measured":
+            continue
+        start = time.perf_counter()
+        row |= _same_function(form, inputs, grad, want, _limit(dtype, rows["plain"]), calls)
+        if not form.compiled:
+            slowest = max(slowest, time.perf_counter() - start)
+    rounds = 3 if slowest > SLOW else effort.rounds
+    times = measure.alternate(calls, grad, device, effort.seconds * len(calls), rounds)
+    for name, of_form in times.items():
+        rows[name] |= {"seconds": measure.quantiles(of_form), "rounds": len(of_form)}
+    about = {"op": shape.op, "shape": shape.name, "label": shape.label, "dims": shape.dims, "source": shape.source,
+             "sweep": shape.sweep, "device": device, "dtype": measure.name_of(dtype)}  # fmt: skip
+    return [about | {"form": form.name, "work": form.work(shape.dims)._asdict()} | rows[form.name] for form in forms]
+
+
+def gradient(out: Tensor) -> Tensor | None:
+    """What is handed to the backward: None for a loss, else random numbers of the output's shape."""
+    return torch.randn_like(out) if out.dim() else None
+
+
+def _needs(form: Form, shape: Shape, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Whether the form can be had for this shape, and how much memory it takes."""
+    missing = form.missing()
+    if missing is not None:
+        return {"status": missing if missing == "not installed" else "not usable", "reason": missing}
+    refused = form.refuses(shape.dims, device)
+    if refused is not None:
+        return {"status": "not usable", "reason": refused}
+    try:
+        found = memory.peak(shape.op, shape.dims, form.name, device, measure.name_of(dtype), torch.get_num_threads())
+    except memory.OutOfMemory as error:
+        return {"status": "out of memory", "reason": str(error)}
+    except RuntimeError as error:
+        return {"status": "failed", "reason": str(error)}
+    return {"status": "measured", "peak_bytes": found["peak"], "inputs_bytes": found["inputs"]}
+
+
+def _limit(dtype: torch.dtype, plain: dict[str, Any]) -> float:
+    """Of the error: ten times the usual for the plain form itself, twice its own for the others where that is more."""
+    usual = measure.limit(dtype)
+    return max(usual, 2 * plain["error"]) if "error" in plain else 10 * usual
+
+
+def _same_function(form: Form, inputs: Inputs, grad: Tensor | None, want: dict[str, Tensor], limit: float,
+                   calls: dict[str, Call]) -> dict[str, Any]:  # fmt: skip
+    """The form's error against float64; if it passes, it joins ``calls``."""
+    try:
+        call = form.bind(inputs)
+        errors = measure.errors(measure.results(call, grad), want)
+    except Exception as error:  # of another package, of any kind: its row says so and the others are measured
+        return {"status": "failed", "reason": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+    worst = max(errors, key=lambda name: errors[name])
+    if not errors[worst] <= limit:
+        reason = f"{worst} is off by {errors[worst]:.1e} from float64, more than {limit:.1e}"
+        return {"status": "wrong", "reason": reason, "error": errors[worst]}
+    calls[form.name] = call
+    return {"error": errors[worst], "error_of": worst, "without": sorted(want.keys() - errors.keys())}
