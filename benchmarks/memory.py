@@ -6,11 +6,11 @@ free when it began: a form that does not fit fails there instead of taking the m
 
 from __future__ import annotations
 
-import gc
 import json
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,21 +74,25 @@ def _measure(about: dict[str, Any]) -> dict[str, float | None]:
     # should, so it is a small one; but a compiled form compiles for the very shape, and keeps nothing.
     call, inputs = bound(about["dims"])
     run(call if form.compiled else bound(registry.smallest(about["op"], about["dims"]))[0])
-    gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run(call)
         return {"peak": torch.cuda.max_memory_allocated(device) - before, "inputs": nbytes(inputs)}
+    return {"peak": raised_by(lambda: run(call)), "inputs": nbytes(inputs)}
+
+
+def raised_by(call: Callable[[], object]) -> int | None:
+    """Bytes by which a call raises this process's memory at its highest; None where the system does not tell."""
     trim()
     if not RESET.exists():
-        run(call)  # whether it fits
-        return {"peak": None, "inputs": nbytes(inputs)}
+        call()  # whether it fits
+        return None
     RESET.write_text("5")  # the high-water mark begins anew at what is resident now
     before = _mark("VmRSS")
-    run(call)
-    return {"peak": _mark("VmHWM") - before, "inputs": nbytes(inputs)}
+    call()
+    return _mark("VmHWM") - before
 
 
 def _mark(name: str) -> int:

@@ -57,8 +57,8 @@ def measured(shape: Shape, device: str, dtype: torch.dtype, effort: Effort) -> l
     times = measure.alternate(calls, grad, device, effort.seconds * len(calls), rounds)
     for name, of_form in times.items():
         rows[name] |= {"seconds": measure.quantiles(of_form), "rounds": len(of_form)}
-    about = {"op": shape.op, "shape": shape.name, "label": shape.label, "dims": shape.dims, "source": shape.source,
-             "sweep": shape.sweep, "device": device, "dtype": measure.name_of(dtype)}  # fmt: skip
+    about = {"suite": "operations", "op": shape.op, "shape": shape.name, "label": shape.label, "dims": shape.dims,
+             "source": shape.source, "sweep": shape.sweep, "device": device, "dtype": measure.name_of(dtype)}  # fmt: skip
     return [about | {"form": form.name, "work": form.work(shape.dims)._asdict()} | rows[form.name] for form in forms]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from em3.train.report import figures
 
-from .presentation import MIB, Head, Row, least_seconds
+from .presentation import MIB, Head, Row, least_seconds, of_suite
 
 LIMIT = "the machine's limit for em3's arithmetic"
 
@@ -14,8 +14,8 @@ LIMIT = "the machine's limit for em3's arithmetic"
 def sweeps(rows: Sequence[Row]) -> dict[tuple[str, str, str, str], list[Row]]:
     """The rows of each sweep by operation, dtype, the shape that is varied, and the dimension that varies."""
     found: dict[tuple[str, str, str, str], list[Row]] = {}
-    for row in rows:
-        if row.get("sweep"):
+    for row in of_suite(rows, "operations"):
+        if row["sweep"]:
             found.setdefault((row["op"], row["dtype"], row["sweep"]["of"], row["sweep"]["over"]), []).append(row)
     return found
 

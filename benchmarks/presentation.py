@@ -26,12 +26,17 @@ class Table:
 
 
 def tables(head: Head, rows: Sequence[Row]) -> list[Table]:
-    """One table an operation and dtype."""
+    """One table an operation and dtype, then those of the other suites that were measured."""
     made = []
     for op in OPERATIONS:
-        of_op = [row for row in rows if row.get("op") == op and not row["sweep"]]
+        of_op = [row for row in of_suite(rows, "operations") if row["op"] == op and not row["sweep"]]
         made += [_of_operation(op, dtype, head, of_op) for dtype in dict.fromkeys(row["dtype"] for row in of_op)]
-    return made
+    others = {"overhead": _overhead, "end_to_end": _training, "latency": _latency}
+    return made + [make(of_suite(rows, suite)) for suite, make in others.items() if of_suite(rows, suite)]
+
+
+def of_suite(rows: Iterable[Row], suite: str) -> list[Row]:
+    return [row for row in rows if row["suite"] == suite]
 
 
 def _of_operation(op: str, dtype: str, head: Head, rows: Sequence[Row]) -> Table:
@@ -49,6 +54,39 @@ def _of_operation(op: str, dtype: str, head: Head, rows: Sequence[Row]) -> Table
             lines.append((name, row["form"], *times, _ratio(row, ours), f"{share(row, head):.0%}", _memory(row),
                           f"{row['error']:.0e}"))  # fmt: skip
     return Table(f"{op}, {dtype}", " ".join((OPERATIONS[op].our_work.__doc__ or "").split()), columns, lines)
+
+
+def _overhead(rows: Sequence[Row]) -> Table:
+    lines = []
+    for row in rows:
+        cells = [_spread(row["microseconds"][part], 1) if part in row["microseconds"] else "" for part in ("inference", "both")]
+        lines.append((row["label"], row["form"], *cells))
+    note = "Microseconds a call where the arithmetic takes none: what Python, dispatch and autograd cost."
+    return Table("Interpreter overhead", note, ("", "form", "forward without gradient, µs", "forward and backward, µs"), lines)
+
+
+def _training(rows: Sequence[Row]) -> Table:
+    columns = ("", "arm", "step, ms", "against ID-only", "samples/s", "peak memory, MiB", "against ID-only", "parts of the step")
+    lines = []
+    for row in rows:
+        base = next(other for other in rows if other["unit"] == row["unit"] and other["arm"] == "ID-only")
+        total = sum(row["parts"].values())
+        parts = ", ".join(f"{name} {1e3 * seconds:.1f} ms ({seconds / total:.0%})" for name, seconds in row["parts"].items())
+        known = row["peak_bytes"] is not None and base["peak_bytes"]
+        lines.append((
+            f"{row['over']} {row['at']:,}", row["arm"], _milliseconds(row["seconds"]),
+            f"{row['seconds'][1] / base['seconds'][1]:.2f} times", f"{row['samples_per_second']:,.0f}", _memory(row),
+            f"{row['peak_bytes'] / base['peak_bytes']:.2f} times" if known else "", parts,
+        ))  # fmt: skip
+    note = ("DIN with IDs alone, and with EM3 around it, in turns; from a history of 200, a batch of 2,048 and two modalities "
+            "one is varied at a time. Parts are each measured alone.")  # fmt: skip
+    return Table("A training step end to end", note, columns, lines)
+
+
+def _latency(rows: Sequence[Row]) -> Table:
+    lines = [(row["arm"], *(f"{1e3 * value:.1f}" for value in row["seconds"])) for row in rows]
+    note = f"One user's history of {rows[0]['history']} and {rows[0]['candidates']} candidates, whose content is in the bank."
+    return Table("A request end to end", note, ("", "p50, ms", "p99, ms"), lines)
 
 
 def by_shape(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
@@ -79,8 +117,11 @@ def _because(row: Row) -> str:
 
 
 def _milliseconds(quantiles: Sequence[float]) -> str:
-    p20, p50, p80 = (1e3 * value for value in quantiles)
-    digits = 0 if p50 >= 100 else 1 if p50 >= 10 else 2
+    return _spread([1e3 * value for value in quantiles], 0 if quantiles[1] >= 0.1 else 1 if quantiles[1] >= 0.01 else 2)
+
+
+def _spread(quantiles: Sequence[float], digits: int) -> str:
+    p20, p50, p80 = quantiles
     return f"{p50:,.{digits}f} ({p20:,.{digits}f} to {p80:,.{digits}f})"
 
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from . import machine, operations, page, shapes, table
+from . import end_to_end, machine, operations, overhead, page, shapes, table
 from .measure import name_of
 from .operations import FULL, QUICK
 from .registry import OPERATIONS
 from .results_file import Results
 
-SUITES = tuple(OPERATIONS)
+SUITES = (*OPERATIONS, "overhead", "end_to_end")
 Progress = Callable[[str, int, int, dict[str, float]], None]
 
 
@@ -34,15 +34,25 @@ def dtypes_of(device: str) -> tuple[torch.dtype, ...]:
 
 
 def units(suites: Sequence[str], table_of_shapes: Path, device: str, quick: bool) -> list[Unit]:
-    """What a run consists of: the shapes of each operation, then those of the sweeps unless it must be quick."""
+    """What a run consists of: the shapes of each operation, then, unless it must be quick, those of the sweeps; interpreter
+    overhead; training and inference end to end, which are measured on a CPU."""
     chosen = [shape for shape in shapes.load(table_of_shapes) if shape.op in suites]
     if quick:
         chosen = [shape for shape in chosen if shape.quick]
     effort = QUICK if quick else FULL
-    return [
+    found = [
         Unit(f"{shape.op}: {shape.name}, {name_of(dtype)}", partial(operations.measured, shape, device, dtype, effort))
         for dtype in dtypes_of(device) for shape in chosen
     ]  # fmt: skip
+    if "overhead" in suites:
+        found += [Unit(f"overhead: {op}", partial(overhead.of_operation, op, device)) for op in OPERATIONS]
+        found.append(Unit("overhead: import", overhead.of_import))
+    if "end_to_end" in suites and torch.device(device).type == "cpu":
+        sweeps = {"history": (end_to_end.Setting().history,)} if quick else end_to_end.SWEEPS
+        found += [Unit(f"end to end: {over}={at}", partial(end_to_end.training, over, at))
+                  for over, values in sweeps.items() for at in values]  # fmt: skip
+        found.append(Unit("end to end: inference", end_to_end.inference))
+    return found
 
 
 def run(suites: Sequence[str], table_of_shapes: Path, device: str, quick: bool, out: Path, resume: bool,

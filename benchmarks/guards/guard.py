@@ -1,0 +1,115 @@
+"""What a guard measures, and what it is held against.
+
+A speed guard holds how many times faster em3 is than another form in the same run: the median over rounds of the ratio of
+two calls that stood side by side. They run on one thread and are timed by the processor time they use: with ten processes
+on two cores, two threads that wait for each other took 40 times as long and their ratio moved by a factor of two; so it
+moved by a tenth at most. A memory guard holds the peak of forward and backward above the inputs, as a share of the inputs'
+own size.
+
+``floors.yaml`` holds what was measured and the margins. A guard that fails measures once more before it says so.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+import em3
+from em3.benchmarks import measure, memory, registry, shapes
+from em3.benchmarks.forms import Call, our_name
+from em3.benchmarks.operations import gradient
+from em3.benchmarks.shapes import Shape
+from em3.files import atomic
+from em3.ops import _dispatch
+
+FLOORS = Path(__file__).with_name("floors.yaml")
+ROUNDS = 25
+SPEED = shapes.load(Path(__file__).with_name("shapes.yaml"))
+MEMORY = [shape for shape in shapes.load() if shape.quick]
+
+
+def rivals(op: str) -> list[str]:
+    """What em3 is held against: the plain formulation, and the torch backend where another one serves the operation."""
+    return ["plain"] if _dispatch.BACKENDS[op] == ("torch",) else ["plain", our_name("torch")]
+
+
+def kind() -> str:
+    """What the speed of this machine's kernels goes by; floors are those of one such kind."""
+    features = em3.env_report()["system"]["cpu_features"]
+    return str(features["default"]) if features else "em3._C was not built"
+
+
+def bound(shape: Shape) -> tuple[dict[str, Call], torch.Tensor | None]:
+    """em3 and its rivals on one draw of inputs, and the gradient for the backward."""
+    operation = registry.OPERATIONS[shape.op]
+    torch.manual_seed(0)
+    inputs = operation.make(shape.dims, "cpu", torch.float32)
+    calls = {name: registry.form(operation, name).bind(inputs) for name in ("em3", *rivals(shape.op))}
+    return calls, gradient(calls["em3"].forward())
+
+
+def speeds(calls: dict[str, Call], grad: torch.Tensor | None,
+           run: Callable[[Callable[[], None], Callable[[], None]], object]) -> dict[str, float]:  # fmt: skip
+    """How many times faster em3 is than each rival. ``run(setup, call)`` repeats the two in turn, as pytest-benchmark does
+    it: the rivals are timed in the set-up of each round."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+
+    def timed(name: str) -> None:
+        start = time.process_time()
+        measure.results(calls[name], grad)
+        seconds[name].append(time.process_time() - start)
+
+    def warmed(name: str) -> None:
+        measure.trim()  # see measure.alternate
+        measure.results(calls[name], grad)
+
+    def setup() -> None:
+        for name in seconds:
+            if name != "em3":
+                warmed(name)
+                timed(name)
+        warmed("em3")
+
+    run(setup, lambda: timed("em3"))
+    ours = np.array(seconds["em3"])
+    return {name: float(np.median(np.array(of) / ours)) for name, of in seconds.items() if name != "em3"}
+
+
+def memory_share(shape: Shape) -> float:
+    """Peak memory above the inputs over the inputs' size."""
+    found = memory.peak(shape.op, shape.dims, "em3", "cpu", "float32", threads=2)
+    if found["peak"] is None or found["inputs"] is None:
+        raise RuntimeError("the high-water mark of a process is not to be had here: there is no /proc/self/clear_refs")
+    return found["peak"] / found["inputs"]
+
+
+def read() -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load(FLOORS.read_text())
+    return content
+
+
+def write(found: Sequence[tuple[tuple[str, ...], float]]) -> None:
+    """Put newly measured values into ``floors.yaml``, each at its path of keys."""
+    content = read()
+    for path, value in found:
+        inner = content
+        for key in path[:-1]:
+            inner = inner.setdefault(key, {})
+        inner[path[-1]] = round(value, 2)
+    head = "".join(line for line in FLOORS.read_text().splitlines(keepends=True) if line.startswith("#"))
+    with atomic(FLOORS) as file:
+        file.write(f"{head}{yaml.safe_dump(content, sort_keys=False)}".encode())
+
+
+def speed_floor(measured: float, margins: dict[str, float]) -> float:
+    return measured / margins["speed"]
+
+
+def memory_ceiling(measured: float, margins: dict[str, float]) -> float:
+    return measured + margins["memory"]
