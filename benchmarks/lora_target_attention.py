@@ -87,13 +87,13 @@ def peft(inputs: Inputs) -> Call:
 
 
 def plain_work(dims: Dims) -> Work:
-    """Rows are gathered and projected: ``4 T C D + 4 T R (C + D)`` FLOPs for ``T = B N``, the thin products twice more
-    backward (the weights are frozen and the bank takes no gradient), ``4 T Q D`` for the attention and twice that
-    backward. Gathered rows, keys and values are written once and read once, their gradients likewise."""
+    """Rows are gathered and projected: ``4 T C D + 4 T R (C + D)`` FLOPs for ``T = B N``; backward only the adapters' own
+    gradients, ``4 T R (C + 2 D)`` (the weights are frozen and the bank takes none); ``4 T Q D`` for the attention and
+    twice that backward. Gathered rows, keys and values are written once and read once, their gradients likewise."""
     b, n, c, d, r, q = (dims[key] for key in ("B", "N", "C", "D", "R", "Q"))
     t = b * n
     thin, attention, ends = 4 * t * r * (c + d), 4 * t * q * d, 4 * b * q * d * d
-    return Work(4 * t * c * d + thin + attention + ends, 2 * (thin + attention) + ends,
+    return Work(4 * t * c * d + thin + attention + ends, 4 * t * r * (c + 2 * d) + 2 * attention + ends,
                 3 * t * c + 4 * t * d + 2 * c * d, t * c + 6 * t * d)  # fmt: skip
 
 

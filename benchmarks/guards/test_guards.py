@@ -41,7 +41,7 @@ def test_speed(benchmark, shape, floors, found):
         pytest.skip(f"there are no floors for {guard.kind()}: set them by EM3_SET_FLOORS=1 pytest benchmarks")
     held = floors["speed"][guard.kind()][shape.op][shape.name]
     assert held.keys() == speeds.keys()
-    least = {rival: guard.speed_floor(value, floors["margins"]) for rival, value in held.items()}
+    least = guard.speed_floors(held, floors["margins"])
     if any(speeds[rival] < least[rival] for rival in least):
         speeds = guard.speeds(calls, grad, again)
     for rival, floor in least.items():

@@ -32,6 +32,9 @@ def run(args: argparse.Namespace) -> int:
         for name in args.what:
             if name not in SUITES:
                 raise SystemExit(f"em3: no operation {name!r} (there is {', '.join(SUITES)})")
+        gpus = [name for i in range(torch.cuda.device_count()) for name in (f"cuda:{i}", *["cuda"][i:])]
+        if args.device not in ("cpu", *gpus):
+            raise SystemExit(f"em3: --device: was {args.device}, must be one of {', '.join(('cpu', *gpus))}")
         if args.threads:
             torch.set_num_threads(args.threads)
         with Progress() as progress:

@@ -1,0 +1,164 @@
+"""``em3 bench`` as a user types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+for package in ("yaml", "psutil", "matplotlib", "tqdm"):
+    pytest.importorskip(package)
+
+from em3.benchmarks import end_to_end, operations, overhead, page, run, table
+from em3.benchmarks.operations import Effort
+from em3.cli import main
+
+SHAPES = """
+lora_linear:
+  - {name: "a | <b>", T: 64, C: 8, D: 8, R: 2, quick: true}
+contrastive_loss:
+  - {name: tiny, B: 16, V: 8, quick: true}
+sweeps:
+  - {op: contrastive_loss, of: tiny, over: B, values: [16, 32]}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def mine(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(SHAPES)
+    return path
+
+
+@pytest.fixture
+def swift(monkeypatch):
+    """Measured as always, but not for long; the machine's limits are taken as known."""
+    monkeypatch.setattr(run, "FULL", Effort(0.01, 3, compiled=False))
+    monkeypatch.setattr(run.machine, "ceilings", lambda device, dtypes: {"copy": 1e10, "products": {"float32": 1e11}})
+
+
+def bench(*words):
+    return main(["bench", *map(str, words)])
+
+
+def test_a_run_of_its_own(mine, tmp_path):
+    words = [sys.executable, "-m", "em3.cli", "bench", "contrastive_loss", "--shapes", mine, "--quick", "--out", tmp_path / "out"]
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"report: {tmp_path / 'out' / 'report.html'}"
+    head, *rows = map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines())
+    assert head["threads"] == 1
+    assert head["ceilings"]["copy"] > 1e8
+    assert head["ceilings"]["products"]["float32"] > 1e8
+    assert {"device", "instruction_set", "torch", "em3", "date", "environment"} <= head.keys()
+    measured = {row["form"]: row for row in rows if row["status"] == "measured"}
+    assert {"em3", "em3 torch", "plain"} <= measured.keys()
+    assert "compile" not in {row["form"] for row in rows}
+    assert all(row["peak_bytes"] is not None for row in measured.values())
+    markdown = (tmp_path / "out" / "results.md").read_text()
+    assert markdown.rstrip() == done.stdout.partition("# Measured")[1] + done.stdout.partition("# Measured")[2].rpartition("report:")[0].rstrip()
+    assert re.search(r"\| tiny: B=16 V=8 \| em3 \| ", markdown)
+
+
+def test_what_was_measured_is_kept_and_gone_on_with(mine, tmp_path, swift, monkeypatch):
+    honest, measured = operations.measured, []
+
+    def cut_off(shape, *rest):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(shape.name)
+        return honest(shape, *rest)
+
+    monkeypatch.setattr(run.operations, "measured", cut_off)
+    words = ["lora_linear", "contrastive_loss", "--shapes", mine, "--out", tmp_path / "out"]
+    with pytest.raises(KeyboardInterrupt):
+        bench(*words)
+    assert "tiny" in (tmp_path / "out" / "results.md").read_text()
+    monkeypatch.setattr(run.operations, "measured", lambda shape, *rest: (measured.append(shape.name), honest(shape, *rest))[1])
+    assert bench(*words, "--resume") == 0
+    assert measured == ["a | <b>", "tiny", "tiny B=16", "tiny B=32"]
+
+    markdown = (tmp_path / "out" / "results.md").read_text()
+    assert "a \\| <b>: T=64" in markdown
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert "a | &lt;b&gt;: T=64" in html
+    assert not re.search(r"<script|(src|href)=[\"'](?!data:|#)|@import|url\((?!#)", html)
+    assert html.count("<svg") == 2  # time and memory of the sweep
+    assert "contrastive_loss, tiny, over B in float32" in html
+
+
+def test_the_other_suites(tmp_path, swift, monkeypatch):
+    monkeypatch.setattr(overhead, "ROUNDS", 2)
+    monkeypatch.setattr(end_to_end, "ITEMS", 60)
+    monkeypatch.setattr(end_to_end, "USERS", 30)
+    monkeypatch.setattr(end_to_end, "CANDIDATES", 20)
+    monkeypatch.setattr(end_to_end, "ROUNDS", 2)
+    monkeypatch.setattr(end_to_end, "REQUESTS", 5)
+    monkeypatch.setattr(end_to_end, "Setting", lambda history=4, batch=32, modalities=2: SETTING(history, batch, modalities))
+    monkeypatch.setattr(end_to_end, "SWEEPS", {"history": (3, 6), "modalities": (1,)})
+    monkeypatch.setattr(end_to_end, "_peak", lambda arm, setting: {"EM3": 3, "ID-only": 2}[arm] * 2**20)
+    assert bench("overhead", "end_to_end", "--out", tmp_path) == 0
+    markdown = (tmp_path / "results.md").read_text()
+    for op in overhead.TINY:
+        for form in ("em3", "em3 torch", "plain"):
+            assert f"| {op}, tiny | {form} | " in markdown
+    assert "| import em3, above import torch | em3 | " in markdown
+    assert re.search(r"\| history 6 \| EM3 \| .* times \| [\d,]+ \| 3 \| 1.50 times \| Fusion-Q-Former ", markdown)
+    assert re.search(r"\| modalities 1 \| ID-only \| .* \| 1.00 times \| ", markdown)
+    assert "One user's history of 4 and 20 candidates" in markdown
+
+
+SETTING = end_to_end.Setting
+
+
+def test_memory_of_a_step_counts_what_em3_adds():
+    setting = SETTING(history=20, batch=256, modalities=1)
+    ours, base = (end_to_end._peak(arm, setting) for arm in end_to_end.ARMS)
+    assert ours > base > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["lora"], "no operation 'lora'"),
+        (["--shapes", "/nonexistent.yaml"], "/nonexistent.yaml"),
+        (["--device", "cuda:7"], "--device: was cuda:7"),
+        (["--device", "tpu"], "--device: was tpu"),
+    ],
+)
+def test_complaints(words, complaint, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        bench(*words, "--out", tmp_path / "out")
+    assert complaint in str(stop.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plot_where_a_form_ran_out_of_memory(tmp_path):
+    work = {"forward_flops": 1.0, "backward_flops": 1.0, "forward_elements": 1.0, "backward_elements": 1.0}
+    rows = [
+        {"suite": "operations", "op": "contrastive_loss", "shape": f"tiny B={at}", "label": f"B={at}", "form": form,
+         "sweep": {"of": "tiny", "over": "B", "at": at}, "dtype": "float32", "work": work, "error": 1e-7, "peak_bytes": 2**20,
+         **({"status": "measured", "seconds": {part: [1.0, 2.0, 3.0] for part in ("forward", "backward", "both")}}
+            if (form, at) != ("plain", 32) else {"status": "out of memory", "reason": "needs more"})}
+        for at in (16, 32) for form in ("em3", "plain")
+    ]  # fmt: skip
+    head = {"date": "then", "device": "<a machine>", "threads": 2, "instruction_set": "avx2", "torch": "2", "em3": "0",
+            "environment": "", "ceilings": {"copy": 1e10, "products": {"float32": 1e11}}}  # fmt: skip
+    html = page.write(tmp_path, head, rows).read_text()
+    assert html.count("<svg") == 2
+    assert "&lt;a machine&gt;" in html
+    assert "<a machine>" not in html
+    assert Path(table.write(tmp_path, head, rows)).read_text().startswith("# Measured by `em3 bench`")

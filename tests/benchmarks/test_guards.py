@@ -1,0 +1,99 @@
+"""The guards catch what they are there for, and nothing else.
+
+They are run as a contributor runs them, in a process of its own; what is planted comes in through a ``sitecustomize`` that
+wraps em3's form before it is measured.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+for package in ("yaml", "psutil", "pytest_benchmark"):
+    pytest.importorskip(package)
+
+ROOT = Path(__file__).resolve().parents[2]
+SPEED, MEMORY = "test_speed and lora_target_attention and history", "test_memory and lora_target_attention and wide"
+
+PLANT = """
+import dataclasses, time
+import torch
+from em3.benchmarks import measure, registry
+from em3.benchmarks.forms import Call
+
+honest = registry.form
+
+def planted(operation, name):
+    form = honest(operation, name)
+    if name != "em3":
+        return form
+    def bind(inputs):
+        call = form.bind(inputs)
+        return Call({wrap}(call, inputs), call.leaves)
+    return dataclasses.replace(form, bind=bind)
+
+def slower(call, inputs):
+    "1.3 times the processor time of a forward and backward."
+    grad = torch.ones_like(call.forward())
+    times = []
+    for _ in range(9):
+        start = time.process_time()
+        measure.results(call, grad)
+        times.append(time.process_time() - start)
+    extra = 0.3 * sorted(times)[4]
+    def forward():
+        until = time.process_time() + extra
+        while time.process_time() < until:
+            pass
+        return call.forward()
+    return forward
+
+class Kept(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, out, temporary):
+        ctx.save_for_backward(temporary)
+        return out.view_as(out)
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+def hungrier(call, inputs):
+    "One tensor [B, N, D] that lives from the forward to the backward, as keys would."
+    size = inputs["ids"].numel() * inputs["w_q"].shape[0]
+    return lambda: Kept.apply(call.forward(), torch.ones(size))
+
+registry.form = planted
+"""
+
+
+def guards(which: str, tmp_path: Path, wrap: str | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("EM3_SET", "PYTEST"))}
+    if wrap:
+        (tmp_path / "sitecustomize.py").write_text(PLANT.replace("{wrap}", wrap))
+        environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *filter(None, [environment.get("PYTHONPATH")])])
+    words = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", which]
+    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_they_pass_on_what_is_there(tmp_path):
+    done = guards(f"({SPEED}) or ({MEMORY})", tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert "passed" in done.stdout
+
+
+def test_a_planted_slowdown_is_caught(tmp_path):
+    done = guards(SPEED, tmp_path, "slower")
+    if "1 skipped" in done.stdout:
+        pytest.skip("there are no floors for this instruction set")
+    assert done.returncode == 1, done.stdout
+    assert "times as fast as em3 torch twice in a row" in done.stdout
+
+
+def test_a_planted_temporary_is_caught(tmp_path):
+    done = guards(MEMORY, tmp_path, "hungrier")
+    assert done.returncode == 1, done.stdout
+    assert "times the inputs' size twice in a row" in done.stdout

@@ -1,0 +1,126 @@
+"""What a shape's rows say: numbers where a form is right and fits, the reason where not."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+for package in ("yaml", "psutil"):
+    pytest.importorskip(package)
+
+from em3.benchmarks import measure, memory, operations, registry
+from em3.benchmarks.forms import Call, Form, leaves
+from em3.benchmarks.operations import Effort
+
+from .tiny import SHAPES
+
+SHAPE = SHAPES[-1]
+EFFORT = Effort(seconds=0.01, rounds=3, compiled=False)
+
+
+def wrong(inputs):
+    call = registry.OPERATIONS["contrastive_loss"].plain(inputs)
+    return Call(lambda: 1.001 * call.forward(), call.leaves)
+
+
+def broken(inputs):
+    raise KeyError("no such thing")
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    operation = registry.OPERATIONS["contrastive_loss"]
+    work = operation.plain_work
+    peers = (
+        Form("wrong", wrong, work),
+        Form("broken", broken, work),
+        Form("absent", wrong, work, package="a_package_that_is_not_there"),
+        Form("picky", wrong, work, refuses=lambda dims, device: f"not on {device}"),
+        Form("large", wrong, work),
+    )
+    monkeypatch.setitem(registry.OPERATIONS, "contrastive_loss", dataclasses.replace(operation, peers=peers))
+
+    def peak(op, dims, form, device, dtype, threads):
+        if form == "large":
+            raise memory.OutOfMemory("needs more memory than there is")
+        return {"peak": 5, "inputs": 7}
+
+    monkeypatch.setattr(memory, "peak", peak)
+    made = operations.measured(SHAPE, "cpu", torch.float32, EFFORT)
+    return {row["form"]: row for row in made}
+
+
+def test_rows(rows):
+    assert list(rows) == ["em3", "em3 torch", "plain", "wrong", "broken", "absent", "picky", "large"]
+    for name in ("em3", "em3 torch", "plain"):
+        row = rows[name]
+        assert row["status"] == "measured"
+        assert row["rounds"] >= 3
+        assert (row["peak_bytes"], row["inputs_bytes"]) == (5, 7)
+        assert row["error"] < 1e-5
+        for part in ("forward", "backward", "both"):
+            p20, p50, p80 = row["seconds"][part]
+            assert 0 < p20 <= p50 <= p80
+        assert row["seconds"]["both"][1] >= max(row["seconds"]["forward"][0], row["seconds"]["backward"][0])
+        assert row["work"]["forward_flops"] > 0
+
+
+@pytest.mark.parametrize(
+    ("form", "status", "reason"),
+    [
+        ("wrong", "wrong", "is off by 1.0e-03 from float64"),
+        ("broken", "failed", "KeyError: 'no such thing'"),
+        ("absent", "not installed", "not installed"),
+        ("picky", "not usable", "not on cpu"),
+        ("large", "out of memory", "needs more memory than there is"),
+    ],
+)
+def test_a_form_that_is_not_timed_says_why(rows, form, status, reason):
+    assert rows[form]["status"] == status
+    assert reason in rows[form]["reason"]
+    assert "seconds" not in rows[form]
+
+
+def test_peak_memory_of_a_process_of_its_own():
+    """The plain form keeps at least one matrix ``[B, B]``, em3 none."""
+    dims = {"B": 2048, "V": 16}
+    found = {form: memory.peak("contrastive_loss", dims, form, "cpu", "float32", 2) for form in ("plain", "em3")}
+    matrix = 4 * 2048**2
+    assert found["plain"]["inputs"] == 4 * (2 * 2048 * 16 + 1)
+    assert found["plain"]["peak"] > 2 * matrix
+    assert found["em3"]["peak"] < matrix
+
+
+def test_a_form_that_does_not_fit_is_out_of_memory():
+    with pytest.raises(memory.OutOfMemory, match="needs more memory than the"):
+        memory.peak("contrastive_loss", {"B": 2**20, "V": 4}, "plain", "cpu", "float32", 1)
+
+
+def test_times_are_of_both_directions_and_in_turns():
+    inputs = registry.OPERATIONS["contrastive_loss"].make(SHAPE.dims, "cpu", torch.float32)
+    order = []
+
+    def call(name):
+        plain = registry.OPERATIONS["contrastive_loss"].plain(inputs).forward
+
+        def forward():
+            order.append(name)
+            return plain()
+
+        return Call(forward, leaves(inputs))
+
+    times = measure.alternate({"a": call("a"), "b": call("b")}, None, "cpu", 0.0, 4)
+    assert order == ["a", "a", "b", "b"] * 4
+    assert times["a"].shape == (4, 2)
+    assert (times["a"] > 0).all()
+
+
+def test_errors_are_relative_and_a_gradient_that_is_zero_counts_against_the_largest():
+    want = {"output": torch.tensor([3.0, 4.0]), "w": torch.tensor([30.0]), "zero": torch.zeros(1), "scale": torch.tensor(1e-9)}
+    got = {"output": torch.tensor([3.0, 4.5]), "w": torch.tensor([33.0]), "zero": torch.tensor([1.0]), "scale": torch.tensor(12.0)}
+    found = measure.errors(got, {name: value.double() for name, value in want.items()})
+    assert found == pytest.approx({"output": 0.1, "w": 0.1, "zero": 0.1, "scale": 0.1}, rel=1e-6)
+    assert measure.errors({"output": torch.tensor([float("nan"), 0])}, want)["output"] != 0
+    assert not measure.errors({"output": torch.tensor([float("nan"), 0])}, want)["output"] <= 1
