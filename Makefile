@@ -12,9 +12,9 @@ BIN := $(VENV)/bin
 # Where `make demo` keeps its catalogue and its run.
 DEMO ?= runs/demo
 CODE := $(wildcard em3 kernels benchmarks tests setup.py .ci)
-SOURCES := pyproject.toml setup.py em3/_version.py kernels/__init__.py $(wildcard csrc/*.* csrc/*/*.*)
+SOURCES := pyproject.toml setup.py em3/_version.py kernels/__init__.py benchmarks/__init__.py $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test install lint format wheel clean
+.PHONY: demo test guards readme install lint format wheel clean
 
 # A catalogue with known truth, three ways to rank it, a report. Begun anew each time; a killed one goes on with
 # `em3 train --resume runs/demo/run`.
@@ -41,6 +41,14 @@ $(VENV)/installed: $(VENV)/tools $(SOURCES)
 	touch $@.started
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[train,hf,test,bench]"
 	mv $@.started $@
+
+# Whether speed or memory was lost, against the floors in benchmarks/guards.
+guards: install
+	$(BIN)/python -m pytest benchmarks
+
+# The numbers in README.md, from benchmarks/results/cpu; `em3 bench --out benchmarks/results/cpu` measures those anew.
+readme: install
+	$(BIN)/python -m em3.benchmarks.readme
 
 lint: install
 	$(BIN)/ruff check $(CODE)

@@ -25,6 +25,8 @@ def check_installed_files() -> None:
     for name in ("kernels", "csrc", "tests", "benchmarks"):
         assert importlib.util.find_spec(name) is None, f"a top-level package {name} is installed"
     importlib.import_module("em3.kernels")
+    benchmarks = importlib.import_module("em3.benchmarks")
+    assert Path(benchmarks.__file__).with_name("shapes.yaml").exists(), "the table of shapes is not installed"
 
 
 def check_numbers(expected: str) -> None:

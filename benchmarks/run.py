@@ -65,9 +65,12 @@ def run(suites: Sequence[str], table_of_shapes: Path, device: str, quick: bool, 
     """
     todo = units(suites, table_of_shapes, device, quick)  # before the folder is made: the file of shapes may be wrong
     results = Results(out, machine.head(device, dtypes_of(device)), resume)
-    for i, unit in enumerate(todo):
-        if not results.has(unit.name):
-            results.add(unit.name, unit.measure())
-            table.write(out, results.head, results.rows)
-        progress("benchmarks", i + 1, len(todo), {})
-    return page.write(out, results.head, results.rows)
+    try:
+        for i, unit in enumerate(todo):
+            if not results.has(unit.name):
+                results.add(unit.name, unit.measure())
+                table.write(out, results.head, results.rows)
+            progress("benchmarks", i + 1, len(todo), {})
+    finally:  # a run that is cut off has its page too
+        report = page.write(out, results.head, results.rows)
+    return report

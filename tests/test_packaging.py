@@ -103,7 +103,7 @@ def test_metadata():
 
 def test_every_folder_with_code_is_a_package():
     """setuptools leaves a folder without __init__.py out of the wheel without a word."""
-    for top in (ROOT / "em3", ROOT / "kernels"):
+    for top in (ROOT / "em3", ROOT / "kernels", ROOT / "benchmarks"):
         for file in top.rglob("*.py"):
             assert (file.parent / "__init__.py").exists(), f"{file.parent} has no __init__.py"
 

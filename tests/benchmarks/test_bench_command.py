@@ -86,7 +86,8 @@ def test_what_was_measured_is_kept_and_gone_on_with(mine, tmp_path, swift, monke
     words = ["lora_linear", "contrastive_loss", "--shapes", mine, "--out", tmp_path / "out"]
     with pytest.raises(KeyboardInterrupt):
         bench(*words)
-    assert "tiny" in (tmp_path / "out" / "results.md").read_text()
+    for file in ("results.md", "report.html"):
+        assert "tiny: B=16" in (tmp_path / "out" / file).read_text()
     monkeypatch.setattr(run.operations, "measured", lambda shape, *rest: (measured.append(shape.name), honest(shape, *rest))[1])
     assert bench(*words, "--resume") == 0
     assert measured == ["a | <b>", "tiny", "tiny B=16", "tiny B=32"]
