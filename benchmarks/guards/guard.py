@@ -3,9 +3,10 @@
 A speed guard holds how many times faster em3 is than another form in the same run: the median over rounds of the ratio of
 two calls that stood side by side. They run on one thread and are timed by the processor time they use: with ten processes
 on two cores, two threads that wait for each other took 40 times as long, and their ratio moved by a factor of two. The
-torch backend, which works like the compiled one, is moved by other work as much as that; the plain form less, so that
-where both are held against, its margin is wider. A memory guard holds the peak of forward and backward above the inputs,
-as a share of the inputs' own size.
+torch backend, which works like the compiled one, is moved by other work as much as that; the plain form, which waits for
+memory, is not, so that beside a nearer form its margin is wider.
+
+A memory guard holds the peak of forward and backward above the inputs, as a share of the inputs' own size.
 
 ``floors.yaml`` holds what was measured and the margins. A guard that fails measures once more before it says so.
 """
@@ -36,9 +37,12 @@ SPEED = shapes.load(Path(__file__).with_name("shapes.yaml"))
 MEMORY = [shape for shape in shapes.load() if shape.quick and shape.name != "small"]
 
 
-def rivals(op: str) -> list[str]:
-    """What em3 is held against: the plain formulation, and the torch backend where another one serves the operation."""
-    return ["plain"] if _dispatch.BACKENDS[op] == ("torch",) else ["plain", our_name("torch")]
+def rivals(shape: Shape) -> list[str]:
+    """What em3 is held against: the plain formulation, then the form that works most like em3, where there is one: the
+    torch backend if another serves the operation, a loop over adapters."""
+    if _dispatch.BACKENDS[shape.op] != ("torch",):
+        return ["plain", our_name("torch")]
+    return ["plain", "loop"] if shape.dims.get("G") else ["plain"]
 
 
 def kind() -> str:
@@ -52,7 +56,7 @@ def bound(shape: Shape) -> tuple[dict[str, Call], torch.Tensor | None]:
     operation = registry.OPERATIONS[shape.op]
     torch.manual_seed(0)
     inputs = operation.make(shape.dims, "cpu", torch.float32)
-    calls = {name: registry.form(operation, name).bind(inputs) for name in ("em3", *rivals(shape.op))}
+    calls = {name: registry.form(operation, name).bind(inputs) for name in ("em3", *rivals(shape))}
     return calls, gradient(calls["em3"].forward())
 
 

@@ -14,7 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", nargs="*", metavar="SUITE", help="operations, overhead, end_to_end; all by default. Or the word"
                         " compare and a revision of this git checkout, to build it and measure both in turns")  # fmt: skip
     parser.add_argument("--shapes", type=Path, metavar="FILE", help="YAML file of shapes to measure instead of em3's own")
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:1")
+    parser.add_argument("--device", help="cpu, cuda or cuda:1; by default the CPU and then a GPU if there is one, in folders"
+                        " of their own within DIR")
     parser.add_argument("--threads", type=int, help="of torch")
     parser.add_argument("--quick", action="store_true", help="a few shapes, no torch.compile: minutes instead of hours")
     parser.add_argument("--resume", action="store_true", help="go on with the results in the folder")
@@ -39,27 +40,38 @@ def run(args: argparse.Namespace) -> int:
         for name in suites:
             if name not in known:
                 raise SystemExit(f"em3: no operation {name!r} (there is {', '.join(known)})")
-        gpus = [name for i in range(torch.cuda.device_count()) for name in (f"cuda:{i}", *["cuda"][i:])]
-        if args.device not in ("cpu", *gpus):
-            raise SystemExit(f"em3: --device: was {args.device}, must be one of {', '.join(('cpu', *gpus))}")
+        devices = _devices(args.device)
         if args.threads:
             torch.set_num_threads(args.threads)
         table = args.shapes or shapes.TABLE
         with Progress() as progress:
-            if against:
-                print(_compare(args, suites, table, progress).read_text())
-                return 0
-            report = runs.run(suites, table, args.device, args.quick, args.out, args.resume, progress)
-        print((args.out / "results.md").read_text())
-        print(f"report: {report}")
+            for device in devices:
+                folder = args.out if len(devices) == 1 else args.out / device
+                if against:
+                    print(_compare(args, suites, table, device, folder, progress).read_text())
+                    continue
+                report = runs.run(suites, table, device, args.quick, folder, args.resume, progress)
+                print(report.with_name("results.md").read_text())
+                print(f"report: {report}")
     return 0
 
 
-def _compare(args: argparse.Namespace, suites: Sequence[str], table: Path, progress: Progress) -> Path:
+def _devices(asked: str | None) -> list[str]:
+    import torch
+
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    here = ["cpu", *["cuda"][: len(gpus)]]
+    if asked is not None and asked not in (*here, *gpus):
+        raise SystemExit(f"em3: --device: was {asked}, must be one of {', '.join((*here, *gpus))}")
+    return here if asked is None else [asked]
+
+
+def _compare(args: argparse.Namespace, suites: Sequence[str], table: Path, device: str, folder: Path,
+             progress: Progress) -> Path:  # fmt: skip
     from em3.benchmarks import compare, run, shapes
     from em3.benchmarks.measure import name_of
 
     chosen = [shape for shape in shapes.load(table) if shape.op in suites and not shape.sweep and (shape.quick or not args.quick)]
-    dtype = name_of(run.dtypes_of(args.device)[0])
-    path: Path = compare.compare(args.what[1], chosen, args.device, dtype, args.out, progress)
+    dtype = name_of(run.dtypes_of(device)[0])
+    path: Path = compare.compare(args.what[1], chosen, device, dtype, folder, progress)
     return path

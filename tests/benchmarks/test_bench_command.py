@@ -147,6 +147,23 @@ def test_complaints(words, complaint, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_machine_with_a_gpu_is_measured_on_both(mine, tmp_path, monkeypatch):
+    """The GPU is made up: what is asked of it is written down."""
+    asked = []
+
+    def pretended(suites, table_of_shapes, device, quick, out, resume, progress):
+        asked.append((device, out))
+        out.mkdir(parents=True)
+        (out / "results.md").write_text(device)
+        return out / "report.html"
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(run, "run", pretended)
+    bench("--shapes", mine, "--out", tmp_path / "both")
+    bench("--shapes", mine, "--out", tmp_path / "one", "--device", "cuda:0")
+    assert asked == [("cpu", tmp_path / "both" / "cpu"), ("cuda", tmp_path / "both" / "cuda"), ("cuda:0", tmp_path / "one")]
+
+
 def test_a_plot_where_a_form_ran_out_of_memory(tmp_path):
     work = {"forward_flops": 1.0, "backward_flops": 1.0, "forward_elements": 1.0, "backward_elements": 1.0}
     rows = [

@@ -1,0 +1,61 @@
+"""``benchmarks/run_gpu.sh``: its order and its budget, with an interpreter that only writes down what it is asked."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "run_gpu.sh"
+PYTHON = """#!/bin/sh
+echo "$@" >>"$LOG"
+case "$*" in *{slow}*) exec sleep 60 ;; *{broken}*) exit 3 ;; esac
+"""
+
+
+@pytest.fixture
+def go(tmp_path):
+    for tool in ("bash", "timeout"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not here")
+
+    def run(slow: str = "nothing", broken: str = "nothing", budget: int = 60) -> tuple[int, list[str]]:
+        python, log = tmp_path / "python", tmp_path / "log"
+        python.write_text(PYTHON.format(slow=slow, broken=broken))
+        python.chmod(0o755)
+        environment = os.environ | {"PYTHON": str(python), "LOG": str(log), "OUT": str(tmp_path / "out"), "BUDGET": str(budget)}
+        status = subprocess.run(["bash", str(SCRIPT)], env=environment, capture_output=True).returncode
+        return status, log.read_text().splitlines()
+
+    return run
+
+
+def test_build_tests_then_the_shortest_set_first(go):
+    status, asked = go()
+    assert status == 0
+    assert [line.split()[1] for line in asked] == ["pip", "em3.cli", "import", "pytest", "em3.cli", "em3.cli"]
+    assert "--no-index" in asked[0]
+    assert "--quick" in asked[4]
+    assert "--quick" not in asked[5]
+
+
+def test_it_stops_in_time_without_failing(go):
+    start = time.monotonic()
+    status, asked = go(slow="--quick", budget=8)
+    assert status == 0
+    assert len(asked) == 5  # no time was left for the last
+    assert time.monotonic() - start < 25
+
+
+def test_what_fails_is_told_at_the_end_and_stops_nothing_but_the_build(go):
+    status, asked = go(broken="pytest")
+    assert (status, len(asked)) == (1, 6)
+
+
+def test_without_a_build_there_is_nothing_to_measure(go):
+    status, asked = go(broken="pip")
+    assert (status, len(asked)) == (3, 1)
