@@ -39,10 +39,11 @@ MEMORY = [shape for shape in shapes.load() if shape.quick and shape.name != "sma
 
 def rivals(shape: Shape) -> list[str]:
     """What em3 is held against: the plain formulation, then the form that works most like em3, where there is one: the
-    torch backend if another serves the operation, a loop over adapters."""
+    torch backend if another serves the operation, else a loop over adapters or over blocks of rows."""
     if _dispatch.BACKENDS[shape.op] != ("torch",):
         return ["plain", our_name("torch")]
-    return ["plain", "loop"] if shape.dims.get("G") else ["plain"]
+    forms = [form for form in registry.OPERATIONS[shape.op].forms() if form.name in ("loop", "blocks")]
+    return ["plain", *(form.name for form in forms if form.refuses(shape.dims, "cpu") is None)]
 
 
 def kind() -> str:

@@ -40,7 +40,7 @@ def test_speed(benchmark, shape, floors, found):
     if guard.kind() not in floors["speed"]:
         pytest.skip(f"there are no floors for {guard.kind()}: set them by EM3_SET_FLOORS=1 pytest benchmarks")
     held = floors["speed"][guard.kind()][shape.op][shape.name]
-    assert held.keys() == speeds.keys()
+    assert held.keys() == speeds.keys(), "the backends have changed: set floors anew by EM3_SET_FLOORS=1 pytest benchmarks"
     least = guard.speed_floors(held, floors["margins"])
     if any(speeds[rival] < least[rival] for rival in least):
         speeds = guard.speeds(calls, grad, again)
