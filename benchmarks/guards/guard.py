@@ -23,7 +23,7 @@ import torch
 import yaml
 
 import em3
-from em3.benchmarks import measure, memory, registry, shapes
+from em3.benchmarks import machine, measure, memory, registry, shapes
 from em3.benchmarks.forms import Call, our_name
 from em3.benchmarks.operations import gradient
 from em3.benchmarks.shapes import Shape
@@ -47,9 +47,10 @@ def rivals(shape: Shape) -> list[str]:
 
 
 def kind() -> str:
-    """What the speed of this machine's kernels goes by; floors are those of one such kind."""
+    """What the ratios of this machine go by: the kernels' instruction set and the processor. Floors are of one such kind."""
     features = em3.env_report()["system"]["cpu_features"]
-    return str(features["default"]) if features else "em3._C was not built"
+    name = machine.processor().rsplit(",", 1)[0]
+    return f"{features['default'] if features else 'em3._C was not built'}, {name}"
 
 
 def bound(shape: Shape) -> tuple[dict[str, Call], torch.Tensor | None]:
