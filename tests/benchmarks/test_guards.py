@@ -90,7 +90,7 @@ def test_a_planted_slowdown_is_caught(tmp_path):
     if "1 skipped" in done.stdout:
         pytest.skip("there are no floors for this instruction set")
     assert done.returncode == 1, done.stdout
-    assert "times as fast as em3 torch twice in a row" in done.stdout
+    assert "twice in a row" in done.stdout, done.stdout
 
 
 def test_a_planted_temporary_is_caught(tmp_path):
