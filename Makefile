@@ -6,6 +6,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 # Further words for pytest, as in `make test PYTEST="-k qformer"`.
 PYTEST ?=
+GUARDS ?=
 WORKERS ?= 2
 
 BIN := $(VENV)/bin
@@ -44,7 +45,7 @@ $(VENV)/installed: $(VENV)/tools $(SOURCES)
 
 # Whether speed or memory was lost, against the floors in benchmarks/guards.
 guards: install
-	$(BIN)/python -m pytest benchmarks
+	$(BIN)/python -m pytest benchmarks $(GUARDS)
 
 # The numbers in README.md, from benchmarks/results/cpu; `em3 bench --out benchmarks/results/cpu` measures those anew.
 readme: install
