@@ -200,4 +200,4 @@ def test_costs(executed: tuple[Run, Path], catalogue: Path, tmp_path: Path, monk
         "cost._memory_of(sys.argv[1], 'em3', '1')\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(executed[1])], capture_output=True, text=True, check=True)
-    assert 95 < float(done.stdout) < 200
+    assert 95 < float(done.stdout) < 300  # the steps' own and what they hold here, not the 400 of setting up
