@@ -17,8 +17,7 @@ BEGIN = "<!-- from benchmarks/results/cpu by `python -m em3.benchmarks.readme` -
 END = "<!-- end -->\n"
 # The rows of the table, as in the table of shapes.
 SHOWN = (("qformer_attention", "ranker"), ("qformer_attention", "clip"), ("lora_linear", "ranker"), ("lora_linear", "adapters"),
-         ("lora_target_attention", "wide"), ("lora_target_attention", "candidates"), ("contrastive_loss", "usual"),
-         ("contrastive_loss", "large"))  # fmt: skip
+         ("lora_target_attention", "wide"), ("lora_target_attention", "candidates"), ("contrastive_loss", "usual"))  # fmt: skip
 
 
 def numbers(head: Head, rows: Sequence[Row]) -> str:
