@@ -23,7 +23,6 @@ from tests.ops.test_qformer_attention import as_streams, make, op
 
 pytestmark = pytest.mark.skipif(cpp.unavailable() is not None, reason=f"em3._C: {cpp.unavailable()}")
 
-ISAS = ["baseline", "avx2", "avx512"]
 LENGTHS = [[3, 0, 130, 1, 64, 65, 300], 33]
 
 
@@ -43,35 +42,28 @@ def threads():
     cpp.compiled().set_thread_runtime("auto")
 
 
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("per_item", [False, True])
-def test_every_instruction_set(isa, per_item, monkeypatch):
-    reason = cpp.compiled().cpu_features()["isa"].get(isa, "not compiled on this platform")
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def forced_isa(request, monkeypatch):
+    reason = cpp.compiled().cpu_features()["isa"].get(request.param, "not compiled on this platform")
     if reason is not None:
-        pytest.skip(f"{isa}: {reason}")
-    monkeypatch.setattr(cpp, "isa", isa)
+        pytest.skip(f"{request.param}: {reason}")
+    monkeypatch.setattr(cpp, "isa", request.param)
+
+
+@pytest.mark.parametrize("per_item", [False, True])
+def test_every_instruction_set(forced_isa, per_item):
     for heads, q in ((3, 5), (9, 8), (4, 75)):  # 15, 72 and 300 rows of scores: blocks of them hold 32 or 64
         made = make(7, q, heads, 7, [37, 16], LENGTHS, masked=True, per_item=per_item)
         oracle.check(op("absorb", "cpp"), plain, made, torch.float32)
 
 
-@pytest.mark.parametrize("isa", ISAS)
-def test_every_instruction_set_reads_the_bank(isa, monkeypatch):
-    reason = cpp.compiled().cpu_features()["isa"].get(isa, "not compiled on this platform")
-    if reason is not None:
-        pytest.skip(f"{isa}: {reason}")
-    monkeypatch.setattr(cpp, "isa", isa)
+def test_every_instruction_set_reads_the_bank(forced_isa):
     for heads, m, c in ((4, None, 64), (3, 5, 37), (4, 75, 16)):
         made = target.make(7, heads, 8, c, 50, LENGTHS[0], m=m, holes=True)
         oracle.check(target.op("absorb", "cpp"), target.plain, made, torch.float32)
 
 
-@pytest.mark.parametrize("isa", ISAS)
-def test_every_instruction_set_contrasts(isa, monkeypatch):
-    reason = cpp.compiled().cpu_features()["isa"].get(isa, "not compiled on this platform")
-    if reason is not None:
-        pytest.skip(f"{isa}: {reason}")
-    monkeypatch.setattr(cpp, "isa", isa)
+def test_every_instruction_set_contrasts(forced_isa, monkeypatch):
     for largest in contrast.SUMS:
         monkeypatch.setattr(contrast.tiled, "LARGEST_LOGIT", largest)
         for b, v, k in ((1, 1, 0), (2, 1, 3), (97, 8, 5), (200, 37, 0), (193, 16, 200)):

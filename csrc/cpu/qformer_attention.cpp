@@ -56,65 +56,9 @@ struct KernelTable {
   void (*backward_items)(const BackwardJob&, std::int64_t begin, std::int64_t end, const Gradients&, float* scratch);
 };
 
-// Every standard header must be included above this line: what follows compiles for processors that the rest of the
-// library must not assume, and an inline function or template of the standard library that first appeared in such a
-// region could become the one copy the linker keeps for everybody.
-using std::int32_t;
-using std::int64_t;
-using std::uint8_t;
-using std::uintptr_t;
-
-namespace baseline {
-#define EM3_ISA 0
-#include "simd.h"
-#include "qformer_attention_kernel.inl"
-#undef EM3_ISA
-}  // namespace baseline
-
-#if EM3_HAVE_X86_PATHS
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
-namespace avx2 {
-#define EM3_ISA 1
-#include "simd.h"
-#include "qformer_attention_kernel.inl"
-#undef EM3_ISA
-}  // namespace avx2
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512vl,avx512bw,avx512dq"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512vl,avx512bw,avx512dq")
-#endif
-namespace avx512 {
-#define EM3_ISA 2
-#include "simd.h"
-#include "qformer_attention_kernel.inl"
-#undef EM3_ISA
-}  // namespace avx512
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-
-#endif  // EM3_HAVE_X86_PATHS
-
-const KernelTable& kernels(Isa isa) {
-#if EM3_HAVE_X86_PATHS
-  if (isa == Isa::avx512) return avx512::kTable;
-  if (isa == Isa::avx2) return avx2::kTable;
-#endif
-  (void)isa;
-  return baseline::kTable;
-}
+// Every standard header must be included above this line.
+#define EM3_KERNEL "qformer_attention_kernel.inl"
+#include "every_isa.inl"
 
 void require(bool good, const char* what) {
   if (!good) throw std::invalid_argument(std::string("qformer_attention: ") + what);
