@@ -123,30 +123,39 @@ def _texts(items: Items, encoder: Encoder, batch_size: int) -> Batches:
 
 
 def _decoded(numbers: Sequence[int], items: Items, encoder: Encoder) -> Iterator[tuple[int, Tensor | None]]:
-    """Pictures in order, prepared; several at a time, for Pillow lets other threads run while it decodes and resizes."""
+    """Pictures in order, prepared; several at a time, for Pillow lets other threads run while it decodes and resizes.
 
-    def decode(number: int) -> Tensor | None:
+    What cannot be read is None, and is logged here, in the order of the items: the threads finish in any order.
+    """
+
+    def decode(number: int) -> Tensor | Exception | None:
         path = items.pictures[number]
-        image = None if path is None else _read(path, encoder.picture_size)
-        return None if image is None else encoder.prepare(image)
+        if path is None:
+            return None
+        try:
+            image = _read(path, encoder.picture_size)
+        except Exception as error:  # decoders raise whatever a broken file leads them to: OSError, SyntaxError, ...
+            return error
+        return encoder.prepare(image)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        yield from zip(numbers, pool.map(decode, numbers), strict=True)
+        for number, picture in zip(numbers, pool.map(decode, numbers), strict=True):
+            if isinstance(picture, Exception):
+                kind = type(picture).__name__
+                log.warning("%s: no picture, it cannot be read: %s: %s", items.pictures[number], kind, picture)
+                picture = None
+            yield number, picture
 
 
 def _read(path: Path, size: tuple[int, int]) -> Any:
-    """A decoded PIL image, or None, logged, where there is none."""
+    """A decoded PIL image."""
     from PIL import Image
 
     height, width = size
-    try:
-        with Image.open(path) as image:
-            image.draft("RGB", (width, height))  # lets a JPEG decoder make a smaller picture of at least this size
-            image.load()
-            return image.copy()
-    except Exception as error:  # decoders raise whatever a broken file leads them to: OSError, SyntaxError, struct.error
-        log.warning("%s: no picture, it cannot be read: %s: %s", path, type(error).__name__, error)
-        return None
+    with Image.open(path) as image:
+        image.draft("RGB", (width, height))  # lets a JPEG decoder make a smaller picture of at least this size
+        image.load()
+        return image.copy()
 
 
 def _check_kind(encoder: Encoder, kind: str) -> None:
