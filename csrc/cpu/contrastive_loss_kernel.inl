@@ -25,14 +25,6 @@ EM3_INLINE float first(V v) {
   return lanes[0];
 }
 
-EM3_INLINE float sum(V v) {
-  float lanes[kVec];
-  store(lanes, v);
-  for (int width = kVec / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
-}
-
 EM3_INLINE float largest(V v) {
   float lanes[kVec];
   store(lanes, v);

@@ -11,283 +11,16 @@
 //   scores   s[t, r]  = x[t, c]      * uT[c, r]   A = token rows in place, B = packed transpose of u (or dy)
 //   update   y[r, c] += p[t, r]      * x[t, c]    A = p, B = token rows in place         (du likewise with ds)
 //   outer    dx[t, c] = ds[t, r]     * u[r, c] + p[t, r] * dy[r, c]
+// Up to kFew rows read the tokens where they lie instead, see dots: packing the rows, and copying looked-up tokens side
+// by side, would cost as much as the products.
 // The products with the value weights, o = w y, dy = dout w and dw = dout^T y, take a few items at a time: of one head's
 // rows these lie side by side, and what they share stays in the level-2 cache.
 
-constexpr int kPanel = 2 * kVec;  // width of the register tile
+#include "tiles.inl"
+
 constexpr int kBlock = 4 * kVec > 32 ? 4 * kVec : 32;
 
-EM3_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-EM3_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// ---- register tiles ------------------------------------------------------------------------------------------------
-
-struct Scores {
-  const float* a;  // token rows
-  int64_t lda;
-  const float* b;  // panel [k, vectors * kVec]
-  int64_t k;
-  float* c;
-  int64_t ldc;
-};
-
-template <int M, int NV>
-EM3_NOINLINE static void scores_tile(const Scores& g, int64_t row, const float* b, float* c) {
-  V acc[M][NV];
-  for (int i = 0; i < M; ++i)
-    for (int j = 0; j < NV; ++j) acc[i][j] = zero();
-  const float* a = g.a + row * g.lda;
-  const int64_t lda = g.lda;
-  for (int64_t k = 0; k < g.k; ++k) {
-    V bv[NV];
-    for (int j = 0; j < NV; ++j) bv[j] = load(b + (k * NV + j) * kVec);
-    for (int i = 0; i < M; ++i) {
-      const V av = splat(a[i * lda + k]);
-      for (int j = 0; j < NV; ++j) acc[i][j] = fma(av, bv[j], acc[i][j]);
-    }
-  }
-  c += row * g.ldc;
-  for (int i = 0; i < M; ++i)
-    for (int j = 0; j < NV; ++j) store(c + i * g.ldc + j * kVec, acc[i][j]);
-}
-
-template <int M, int NV>
-EM3_INLINE void scores_rows(int m, const Scores& g, int64_t row, const float* b, float* c) {
-  if (m == M) {
-    scores_tile<M, NV>(g, row, b, c);
-  } else if constexpr (M > 1) {
-    scores_rows<M - 1, NV>(m, g, row, b, c);
-  }
-}
-
-// Splits n rows into the fewest register tiles, of nearly equal height.
-struct RowSplit {
-  int64_t blocks, base, extra;
-};
-EM3_INLINE RowSplit split_rows(int64_t n, int64_t most) {
-  const int64_t blocks = (n + most - 1) / most;
-  return {blocks, n / blocks, n % blocks};
-}
-
-// One panel: c[n, NV * kVec] = a[n, k] * b[k, NV * kVec]. A panel of one vector has registers for twice the rows.
-template <int NV>
-EM3_INLINE void scores_panel(const Scores& g, int64_t n, int64_t col) {
-  constexpr int kTall = NV == 2 ? kRows : 2 * kRows;
-  const RowSplit rows = split_rows(n, kTall);
-  int64_t row = 0;
-  for (int64_t i = 0; i < rows.blocks; ++i) {
-    const int m = static_cast<int>(rows.base + (i < rows.extra));
-    scores_rows<kTall, NV>(m, g, row, g.b + col * g.k, g.c + col);
-    row += m;
-  }
-}
-
-// c[n, width] = a[n, k] * packed[k, width], width a multiple of kVec, packed in panels of kPanel.
-static void scores(const Scores& g, int64_t n, int64_t width) {
-  for (int64_t col = 0; col < width; col += kPanel) {
-    if (width - col >= kPanel) {
-      scores_panel<2>(g, n, col);
-    } else {
-      scores_panel<1>(g, n, col);
-    }
-  }
-}
-
-// c[i][col..] = (load ? c * pre[i] : 0) + sum_k a[k * lda + i] * b[k][col..], then * post[i]. pre, post: null = 1.
-struct Update {
-  const float* a;
-  int64_t lda, k;
-  const float* const* b;
-  float* const* c;
-  const float* pre;
-  const float* post;
-  bool load;
-};
-
-// PART: one vector of which only `tail` floats exist.
-template <int M, int NV, bool PART>
-EM3_NOINLINE static void update_tile(const Update& g, int64_t row, int64_t col, int tail) {
-  V acc[M][NV];
-  float* const* c = g.c + row;
-  for (int i = 0; i < M; ++i)
-    for (int j = 0; j < NV; ++j) acc[i][j] = zero();
-  if (g.load) {
-    for (int i = 0; i < M; ++i) {
-      const V pre = splat(g.pre != nullptr ? g.pre[row + i] : 1.0f);
-      for (int j = 0; j < NV; ++j)
-        acc[i][j] = pre * (PART ? load_part(c[i] + col, tail) : load(c[i] + col + j * kVec));
-    }
-  }
-  const float* a = g.a + row;
-  for (int64_t k = 0; k < g.k; ++k, a += g.lda) {
-    const float* b = g.b[k] + col;
-    V bv[NV];
-    for (int j = 0; j < NV; ++j) bv[j] = PART ? load_part(b, tail) : load(b + j * kVec);
-    for (int i = 0; i < M; ++i) {
-      const V av = splat(a[i]);
-      for (int j = 0; j < NV; ++j) acc[i][j] = fma(av, bv[j], acc[i][j]);
-    }
-  }
-  for (int i = 0; i < M; ++i) {
-    const V post = splat(g.post != nullptr ? g.post[row + i] : 1.0f);
-    for (int j = 0; j < NV; ++j) {
-      if (PART) {
-        store_part(c[i] + col, acc[i][j] * post, tail);
-      } else {
-        store(c[i] + col + j * kVec, acc[i][j] * post);
-      }
-    }
-  }
-}
-
-template <int M>
-EM3_INLINE void update_rows(int m, const Update& g, int64_t row, int64_t col, int64_t left) {
-  if (m == M) {
-    if (left >= kPanel) {
-      update_tile<M, 2, false>(g, row, col, 0);
-    } else if (left >= kVec) {
-      update_tile<M, 1, false>(g, row, col, 0);
-    } else {
-      update_tile<M, 1, true>(g, row, col, static_cast<int>(left));
-    }
-  } else if constexpr (M > 1) {
-    update_rows<M - 1>(m, g, row, col, left);
-  }
-}
-
-// Bytes that will be wanted next, brought into the level-2 cache while this product computes.
-struct Ahead {
-  uintptr_t address;
-  int64_t stride;  // in bytes
-  int64_t rows;
-};
-
-EM3_INLINE int64_t strip_width(int64_t left) { return left >= kPanel ? kPanel : left >= kVec ? kVec : left; }
-
-// n rows of c, all C columns.
-static void update(const Update& g, int64_t n, int64_t C, const Ahead& ahead) {
-  const RowSplit rows = split_rows(n, kRows);
-  for (int64_t col = 0, width; col < C; col += width) {
-    width = strip_width(C - col);
-    for (int64_t t = 0; t < ahead.rows; ++t) {
-      for (int64_t at = 0; at < width; at += 16) EM3_PREFETCH(ahead.address + t * ahead.stride + (col + at) * 4);
-    }
-    int64_t row = 0;
-    for (int64_t i = 0; i < rows.blocks; ++i) {
-      const int m = static_cast<int>(rows.base + (i < rows.extra));
-      update_rows<kRows>(m, g, row, col, C - col);
-      row += m;
-    }
-  }
-}
-
-// c[i][col..] (+)= sum_k a[i * lda + k] * b[k][col..] + sum_k a[i * lda + second + k] * b[depth + k][col..]
-struct Outer {
-  const float* a;
-  int64_t lda, second, depth;
-  const float* const* b;  // 2 * depth row pointers
-  float* const* c;
-  bool load;
-};
-
-template <int M, int NV, bool PART>
-EM3_NOINLINE static void outer_tile(const Outer& g, int64_t row, int64_t col, int tail) {
-  V acc[M][NV];
-  float* const* c = g.c + row;
-  for (int i = 0; i < M; ++i)
-    for (int j = 0; j < NV; ++j)
-      acc[i][j] = !g.load ? zero() : PART ? load_part(c[i] + col, tail) : load(c[i] + col + j * kVec);
-  const float* const* b_row = g.b;
-  const int64_t lda = g.lda;
-  for (int half = 0; half < 2; ++half) {
-    const float* a = g.a + row * lda + half * g.second;
-    for (int64_t k = 0; k < g.depth; ++k) {
-      const float* b = *b_row++ + col;
-      V bv[NV];
-      for (int j = 0; j < NV; ++j) bv[j] = PART ? load_part(b, tail) : load(b + j * kVec);
-      for (int i = 0; i < M; ++i) {
-        const V av = splat(a[i * lda + k]);
-        for (int j = 0; j < NV; ++j) acc[i][j] = fma(av, bv[j], acc[i][j]);
-      }
-    }
-  }
-  for (int i = 0; i < M; ++i) {
-    for (int j = 0; j < NV; ++j) {
-      if (PART) {
-        store_part(c[i] + col, acc[i][j], tail);
-      } else {
-        store(c[i] + col + j * kVec, acc[i][j]);
-      }
-    }
-  }
-}
-
-template <int M>
-EM3_INLINE void outer_rows(int m, const Outer& g, int64_t row, int64_t col, int64_t left) {
-  if (m == M) {
-    if (left >= kPanel) {
-      outer_tile<M, 2, false>(g, row, col, 0);
-    } else if (left >= kVec) {
-      outer_tile<M, 1, false>(g, row, col, 0);
-    } else {
-      outer_tile<M, 1, true>(g, row, col, static_cast<int>(left));
-    }
-  } else if constexpr (M > 1) {
-    outer_rows<M - 1>(m, g, row, col, left);
-  }
-}
-
-static void outer(const Outer& g, int64_t n, int64_t C) {
-  const RowSplit rows = split_rows(n, kRows);
-  for (int64_t col = 0, width; col < C; col += width) {
-    width = strip_width(C - col);
-    int64_t row = 0;
-    for (int64_t i = 0; i < rows.blocks; ++i) {
-      const int m = static_cast<int>(rows.base + (i < rows.extra));
-      outer_rows<kRows>(m, g, row, col, C - col);
-      row += m;
-    }
-  }
-}
-
 // ---- small elementwise pieces --------------------------------------------------------------------------------------
-
-// rows[have] of length C -> columns 0 .. width of out [C, ld], those of missing rows 0. Four rows at a time keeps the
-// reads sequential; this costs a few percent of one product over a full tile.
-static void transpose_rows(const float* const* rows, int64_t have, int64_t width, int64_t C, int64_t ld, float* out) {
-  for (int64_t r = 0; r < width; r += 4) {
-    if (have - r >= 4) {
-      const float *p0 = rows[r], *p1 = rows[r + 1], *p2 = rows[r + 2], *p3 = rows[r + 3];
-      for (int64_t c = 0; c < C; ++c) {
-        float* to = out + c * ld + r;
-        to[0] = p0[c], to[1] = p1[c], to[2] = p2[c], to[3] = p3[c];
-      }
-    } else {
-      for (int64_t c = 0; c < C; ++c)
-        for (int64_t i = 0; i < 4; ++i) out[c * ld + r + i] = r + i < have ? rows[r + i][c] : 0.0f;
-    }
-  }
-}
-
-// rows[K] of length C -> panels [C, kPanel] (the last one may be kVec wide), missing rows 0.
-static void pack_transposed(const float* const* rows, int64_t K, int64_t C, float* out) {
-  const int64_t padded = round_up(K, kVec);
-  for (int64_t r0 = 0; r0 < padded; r0 += kPanel) {
-    const int64_t width = smaller(kPanel, padded - r0);
-    transpose_rows(rows + r0, K - r0, width, C, width, out + r0 * C);
-  }
-}
-
-// [E, C] -> panels [E, kPanel] (the last one may be kVec wide), missing columns 0.
-static void pack_wide(const float* rows, int64_t E, int64_t C, float* out) {
-  const int64_t padded = round_up(C, kVec);
-  for (int64_t c0 = 0; c0 < padded; c0 += kPanel) {
-    const int64_t width = smaller(kPanel, padded - c0);
-    float* to = out + c0 * E;
-    for (int64_t e = 0; e < E; ++e)
-      for (int64_t c = c0; c < c0 + width; ++c) *to++ = c < C ? rows[e * C + c] : 0.0f;
-  }
-}
 
 static float dot(const float* a, const float* b, int64_t n) {
   V s0 = zero(), s1 = zero();
@@ -300,10 +33,7 @@ static float dot(const float* a, const float* b, int64_t n) {
     const int left = static_cast<int>(smaller(kVec, n - i));
     s0 = left == kVec ? fma(load(a + i), load(b + i), s0) : fma(load_part(a + i, left), load_part(b + i, left), s0);
   }
-  float lanes[kVec], sum = 0.0f;
-  store(lanes, s0 + s1);
-  for (int j = 0; j < kVec; ++j) sum += lanes[j];
-  return sum;
+  return sum(s0 + s1);
 }
 
 static void fill(float* p, int64_t n, float value) {
@@ -384,8 +114,15 @@ EM3_INLINE int64_t tile_limit(int64_t C) {
   return rows < kRows ? kRows : rows > 256 ? 256 / kRows * kRows : rows;
 }
 
+// Whether the rows are few enough to be multiplied with the tokens where both lie. Against packing and copying, AVX2, two
+// threads, forward / backward: history looked up, B=64, N=200, C=256, K=4: 1.7 / 1.5 times as fast; B=64, N=1000, C=128:
+// 1.65 / 1.6; B=2048, N=21, C=64: 1.3 / 1.35; B=32, N=200, C=512, K=8: 1.2 / 1.06. Tokens side by side, B=64, N=256, C=256,
+// K=8: 1.17 / 1.08; B=32, N=256, C=512, K=8: 1.0 / 0.93.
+EM3_INLINE bool few(const Shape& shape) { return shape.K() <= kFew; }
+
 // Absent tokens are never read (they may hold anything). A run of present tokens is used in place. Otherwise, and
-// when the row stride maps all rows to few sets of the level-1 cache, the rows are copied side by side.
+// when the row stride maps all rows to few sets of the level-1 cache, the rows are copied side by side; but not for
+// products that take them one by one (copy == nullptr).
 static int64_t next_tile(const Tokens& t, int64_t from, int64_t want, float* copy, Tile& tile) {
   int64_t n = 0;
   for (; from < t.n && n < want; ++from) {
@@ -402,7 +139,7 @@ static int64_t next_tile(const Tokens& t, int64_t from, int64_t want, float* cop
   if (run) {
     tile.ahead = {reinterpret_cast<uintptr_t>(tile.x) + static_cast<uintptr_t>(n * t.stride * 4), t.stride * 4, n};
   }
-  if (!run || t.stride % 1024 == 0) {
+  if (copy != nullptr && (!run || t.stride % 1024 == 0)) {
     const int64_t width = round_up(t.C, 16) + 16;
     for (int64_t i = 0; i < n; ++i) {
       float* to = copy + i * width;
@@ -438,7 +175,7 @@ struct TileScratch {
 };
 
 template <class Stream>
-static TileScratch make_tile_scratch(Arena& arena, const Stream* streams, int M) {
+static TileScratch make_tile_scratch(Arena& arena, const Shape& shape, const Stream* streams, int M) {
   int64_t rows = 0, floats = 0;
   for (int m = 0; m < M; ++m) {
     const int64_t C = streams[m].tokens.C, limit = tile_limit(C);
@@ -447,7 +184,7 @@ static TileScratch make_tile_scratch(Arena& arena, const Stream* streams, int M)
     floats = need > floats ? need : floats;
   }
   TileScratch s{};
-  s.copy = arena.floats(floats);
+  s.copy = few(shape) ? nullptr : arena.floats(floats);
   s.tile.rows = arena.array<const float*>(rows);
   s.tile.index = arena.array<int64_t>(rows);
   s.tile.n = rows;
@@ -478,7 +215,7 @@ struct ForwardState {
   float* owed[kMaxStreams];         // [K] factor that y has still to be multiplied by
   float* packed[kMaxStreams];       // u transposed, when it differs from item to item
   float** y[kMaxStreams];           // [K] rows
-  const float** u;                  // [K] rows
+  const float** u[kMaxStreams];     // [K] rows
   float* values;                    // [items_together * Q, E] of one head and stream
 };
 
@@ -490,18 +227,18 @@ constexpr float kLowest = -1.0e38f;
 static ForwardState forward_state(const ForwardJob& job, Arena& arena) {
   ForwardState st{};
   const int64_t K = job.shape.K(), padded = round_up(K, kVec);
-  st.tiles = make_tile_scratch(arena, job.streams, job.M);
+  st.tiles = make_tile_scratch(arena, job.shape, job.streams, job.M);
   st.s = arena.floats(st.tiles.tile.n * smaller(kBlock, padded));
   st.reference = arena.floats(padded);
   st.inverse = arena.floats(padded);
-  st.u = arena.array<const float*>(K);
   st.values = arena.floats(items_together(job.shape, job.streams, job.M) * job.shape.Q * round_up(job.shape.E, kVec));
   for (int m = 0; m < job.M; ++m) {
     st.bias[m] = arena.floats(padded);
     st.sum[m] = arena.floats(padded);
     st.owed[m] = arena.floats(padded);
     st.y[m] = arena.array<float*>(K);
-    if (!job.shape.shared_u) st.packed[m] = arena.floats(padded * job.streams[m].tokens.C);
+    st.u[m] = arena.array<const float*>(K);
+    if (!job.shape.shared_u && !few(job.shape)) st.packed[m] = arena.floats(padded * job.streams[m].tokens.C);
   }
   return st;
 }
@@ -549,7 +286,12 @@ static void forward_tile(const ForwardJob& job, ForwardState& st, int m, bool fi
   const float* packed = job.shape.shared_u ? job.packed_u[m] : st.packed[m];
   for (int64_t r0 = 0; r0 < K; r0 += kBlock) {
     const int64_t ld = smaller(kBlock, padded - r0);
-    scores({tile.x, tile.stride, packed + r0 * C, C, st.s, ld}, tile.n, ld);
+    if (few(job.shape)) {
+      if (K < ld) fill(st.s, tile.n * ld, 0.0f);
+      dots({tile.rows, st.u[m], C, st.s, ld, true}, tile.n, K);
+    } else {
+      scores({tile.x, tile.stride, packed + r0 * C, C, st.s, ld}, tile.n, ld);
+    }
     softmax_block(st, job.M, m, r0, tile.n, ld);
     if (last) invert_sums(st, job.M, r0, ld);
     const Update g{st.s, ld, tile.n, tile.rows, st.y[m] + r0, st.owed[m] + r0, last ? st.inverse + r0 : nullptr, !first};
@@ -607,8 +349,8 @@ static void forward_item(const ForwardJob& job, ForwardState& st, int64_t b) {
     fill(st.owed[m], padded, 1.0f);
     row_table(s.y, shape.B, b, shape.H, shape.Q, s.tokens.C, st.y[m]);
     if (shape.shared_u || !touched[m]) continue;
-    row_table(s.u, shape.B, b, shape.H, shape.Q, s.tokens.C, st.u);
-    pack_transposed(st.u, K, s.tokens.C, st.packed[m]);
+    row_table(s.u, shape.B, b, shape.H, shape.Q, s.tokens.C, st.u[m]);
+    if (!few(shape)) pack_transposed(st.u[m], K, s.tokens.C, st.packed[m]);
     gather_rows(s.c, shape.B, b, shape.H, shape.Q, st.bias[m]);
   }
   for (int m = 0; m < job.M; ++m) {
@@ -654,7 +396,9 @@ static void forward_items(const ForwardJob& job, int64_t begin, int64_t end, flo
   const Shape& shape = job.shape;
   for (int m = 0; m < job.M; ++m) {
     fill(st.bias[m], round_up(shape.K(), kVec), 0.0f);
-    if (shape.shared_u) gather_rows(job.streams[m].c, 1, 0, shape.H, shape.Q, st.bias[m]);
+    if (!shape.shared_u) continue;
+    gather_rows(job.streams[m].c, 1, 0, shape.H, shape.Q, st.bias[m]);
+    row_table(job.streams[m].u, 1, 0, shape.H, shape.Q, job.streams[m].tokens.C, st.u[m]);
   }
   const int64_t together = items_together(shape, job.streams, job.M);
   for (int64_t b = begin; b < end; b += together) {
@@ -695,7 +439,7 @@ EM3_INLINE bool wanted(const BackwardStream& s) { return s.du != nullptr || s.dc
 static BackwardState backward_state(const BackwardJob& job, Arena& arena) {
   BackwardState st{};
   const int64_t K = job.shape.K(), padded = round_up(K, kVec);
-  st.tiles = make_tile_scratch(arena, job.streams, job.M);
+  st.tiles = make_tile_scratch(arena, job.shape, job.streams, job.M);
   st.dx = arena.array<float*>(st.tiles.tile.n);
   st.w = arena.floats(st.tiles.tile.n * 2 * smaller(kBlock, padded));
   st.pair = arena.array<const float*>(2 * kBlock);
@@ -711,15 +455,16 @@ static BackwardState backward_state(const BackwardJob& job, Arena& arena) {
     st.shift[m] = arena.floats(padded);
     st.dc[m] = arena.floats(padded);
     st.dy_rows[m] = arena.floats(together * K * round_up(C, kVec));
+    st.u[m] = arena.array<const float*>(K);
+    st.dy[m] = arena.array<const float*>(K);
+    st.du[m] = arena.array<float*>(K);
+    if (few(job.shape)) continue;
     if (padded == kVec) {
       st.both[m] = arena.floats(kPanel * C);
     } else {
       st.packed_dy[m] = arena.floats(padded * C);
       if (!job.shape.shared_u) st.packed_u[m] = arena.floats(padded * C);
     }
-    st.u[m] = arena.array<const float*>(K);
-    st.dy[m] = arena.array<const float*>(K);
-    st.du[m] = arena.array<float*>(K);
   }
   return st;
 }
@@ -752,7 +497,11 @@ static void backward_tile(const BackwardJob& job, BackwardState& st, int m, cons
   }
   for (int64_t r0 = 0; r0 < K; r0 += kBlock) {
     const int64_t width = smaller(kBlock, padded - r0), rows = smaller(kBlock, K - r0);
-    if (padded == kVec) {
+    if (few(job.shape)) {
+      if (K < width) fill(st.w, tile.n * 2 * width, 0.0f);
+      dots({tile.rows, st.u[m], C, st.w, 2 * width, true}, tile.n, K);
+      dots({tile.rows, st.dy[m], C, st.w + width, 2 * width, false}, tile.n, K);
+    } else if (padded == kVec) {
       scores({tile.x, tile.stride, st.both[m], C, st.w, kPanel}, tile.n, kPanel);
     } else {
       scores({tile.x, tile.stride, packed_u + r0 * C, C, st.w, 2 * width}, tile.n, width);
@@ -809,7 +558,7 @@ static void prepare_item(const BackwardJob& job, BackwardState& st, int64_t b, i
     for (int64_t r = 0; r < K; ++r) st.shift[m][r] -= st.delta[r];
     row_table(s.u, shape.shared_u ? 1 : B, shape.shared_u ? 0 : b, H, Q, s.tokens.C, st.u[m]);
     if (tokens[m].present == 0 || !wanted(s)) continue;
-    pack_item(job, st, m);
+    if (!few(shape)) pack_item(job, st, m);
     if (!shape.shared_u) gather_rows(s.c, B, b, H, Q, st.bias[m]);
   }
 }
@@ -911,7 +660,7 @@ static void start_part(const BackwardJob& job, BackwardState& st) {
     if (!shape.shared_u) continue;
     gather_rows(s.c, 1, 0, shape.H, shape.Q, st.bias[m]);
     row_table(s.u, 1, 0, shape.H, shape.Q, s.tokens.C, st.u[m]);
-    if (padded == kVec) transpose_rows(st.u[m], shape.K(), kVec, s.tokens.C, kPanel, st.both[m]);
+    if (padded == kVec && !few(shape)) transpose_rows(st.u[m], shape.K(), kVec, s.tokens.C, kPanel, st.both[m]);
   }
 }
 

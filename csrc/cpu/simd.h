@@ -146,3 +146,25 @@ EM3_INLINE V vexp(V x) { EM3_LANES x.v[i] = x.v[i] < -87.3f ? 0.0f : ::expf(x.v[
 #undef EM3_LANES
 
 #endif
+
+EM3_INLINE float sum(V v) {
+  float lanes[kVec];
+  store(lanes, v);
+  for (int width = kVec / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+// p[0..3] = the sums of a, b, c and d.
+#if EM3_ISA >= 1
+EM3_INLINE __m256 halved(__m256 v) { return v; }
+#if EM3_ISA == 2
+EM3_INLINE __m256 halved(V v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
+#endif
+EM3_INLINE void store_sums(float* p, V a, V b, V c, V d) {
+  const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(halved(a), halved(b)), _mm256_hadd_ps(halved(c), halved(d)));
+  _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+}
+#else
+EM3_INLINE void store_sums(float* p, V a, V b, V c, V d) { p[0] = sum(a), p[1] = sum(b), p[2] = sum(c), p[3] = sum(d); }
+#endif
