@@ -45,6 +45,7 @@ class Tensor {
   }
 
   const Sizes& shape() const { return shape_; }
+  const std::string& dtype() const { return dtype_; }
 
   // The stride of a dimension in elements. That of a dimension of size 1 or 0 says nothing, and is 0 here.
   std::int64_t stride(std::size_t dim) const { return shape_[dim] > 1 ? strides_[dim] : 0; }
@@ -61,11 +62,16 @@ class Tensor {
   T* rows(const Sizes& shape) const {
     static_assert(kDtype<T> != nullptr, "a dtype that no kernel takes");
     if (dtype_ != kDtype<T>) fail(dtype_, kDtype<T>);
+    return static_cast<T*>(rows_of_any(shape));
+  }
+
+  // The same, whatever its dtype.
+  void* rows_of_any(const Sizes& shape) const {
     require_shape(shape);
     if (!shape_.empty() && shape_.back() > 1 && strides_.back() != 1) {
       fail("of strides " + list(strides_), "of stride 1 in its last dimension");
     }
-    return reinterpret_cast<T*>(address_);
+    return reinterpret_cast<void*>(address_);
   }
 
   // The same of a tensor that is one block.

@@ -52,21 +52,44 @@ def forced_isa(request, monkeypatch):
 
 @pytest.mark.parametrize("per_item", [False, True])
 def test_every_instruction_set(forced_isa, per_item):
-    for heads, q in ((3, 5), (9, 8), (4, 75)):  # 15, 72 and 300 rows of scores: blocks of them hold 32 or 64
+    # 1, 3 and 6 rows of scores, read in place; 15, 72 and 300: blocks of them hold 32 or 64.
+    for heads, q in ((1, 1), (3, 1), (2, 3), (3, 5), (9, 8), (4, 75)):
         made = make(7, q, heads, 7, [37, 16], LENGTHS, masked=True, per_item=per_item)
         oracle.check(op("absorb", "cpp"), plain, made, torch.float32)
 
 
 def test_every_instruction_set_reads_the_bank(forced_isa):
-    for heads, m, c in ((4, None, 64), (3, 5, 37), (4, 75, 16)):
+    for heads, m, c in ((4, None, 64), (7, 1, 37), (3, 5, 37), (4, 75, 16)):
         made = target.make(7, heads, 8, c, 50, LENGTHS[0], m=m, holes=True)
         oracle.check(target.op("absorb", "cpp"), target.plain, made, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", oracle.HALF, ids=str)
+@pytest.mark.parametrize("q", [1, 5], ids=["few rows", "more rows"])
+def test_every_instruction_set_reads_half_types(forced_isa, dtype, q):
+    """Tokens in a half type are read exactly: smallest, largest and subnormal numbers, and widths that leave a tail."""
+    made = oracle.convert(make(7, q, 3, 7, [37, 16, 3], [*LENGTHS, 5], masked=True, per_item=True), torch.float32)
+    with torch.no_grad():
+        for values in made["values"]:
+            few = torch.tensor([torch.finfo(dtype).tiny, -torch.finfo(dtype).tiny / 4, 0.0, -0.0, 100.0])
+            values.flatten()[: len(few)] = few
+    half = made | {"values": [x.detach().to(dtype).requires_grad_() for x in made["values"]]}
+    exact = made | {"values": [x.detach().float().requires_grad_() for x in half["values"]]}
+    got, want = (oracle.run(op("absorb", "cpp"), given, 0) for given in (half, exact))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b.to(a.dtype), rtol=1e-5 if a.dtype == torch.float32 else 1e-2, atol=1e-5)
+    weights = torch.full((1, 3, 4), 0.25)
+    for number in (torch.finfo(dtype).max, torch.inf, torch.nan):  # what is not finite stays so, and spoils its item
+        row = torch.tensor([[[number, 1.0, -number, 0.5]]]).to(dtype)
+        y, *_ = kernel.forward([torch.zeros(1, 1, 1, 4)], None, [weights], [row], [None], [None], 1)
+        want = row.float() if row.isfinite().all() else torch.full_like(row.float(), torch.nan)
+        torch.testing.assert_close(y[0].flatten(), want.flatten(), equal_nan=True, rtol=0, atol=0)
 
 
 def test_every_instruction_set_contrasts(forced_isa, monkeypatch):
     for largest in contrast.SUMS:
         monkeypatch.setattr(contrast.tiled, "LARGEST_LOGIT", largest)
-        for b, v, k in ((1, 1, 0), (2, 1, 3), (97, 8, 5), (200, 37, 0), (193, 16, 200)):
+        for b, v, k in ((1, 1, 0), (2, 3, 3), (97, 8, 5), (200, 37, 0), (193, 16, 200)):
             made = contrast.make(b, v, k=k, ids=None if b == 97 else b, log_q=True, weight=True)
             oracle.check(contrast.op("cpp"), reference.contrastive_loss, made, torch.float32)
 
@@ -204,7 +227,7 @@ def places(given):
 
 def spoil(tensor, how):
     return {
-        "dtype": lambda: tensor.to(torch.bfloat16), "device": lambda: tensor.to("meta"), "rank": lambda: tensor[None],
+        "dtype": lambda: tensor.to(torch.bfloat16 if tensor.dtype == torch.float64 else torch.float64), "device": lambda: tensor.to("meta"), "rank": lambda: tensor[None],
         "size": lambda: torch.cat([tensor, tensor]), "layout": lambda: torch.stack([tensor, tensor], -1)[..., 0],
     }[how]()  # fmt: skip
 

@@ -6,6 +6,7 @@
 #include "../cpu/qformer_attention.h"
 #include "../tensor.h"
 #include "bindings.h"
+#include "storage.h"
 
 namespace py = pybind11;
 
@@ -44,7 +45,8 @@ struct TargetCall {
         const bool padded = offsets.is_none();
         places.require_shape(padded ? Sizes{shape.B, -1} : Sizes{-1});
         tokens = {};
-        tokens.x = rows.rows<const float>(rows.shape());
+        tokens.storage = storage_of(rows);
+        tokens.x = rows.rows_of_any(rows.shape());
         tokens.x_rows = rows.shape()[0];
         tokens.token_stride = rows.stride(0);
         tokens.C = by_user[3];
@@ -54,7 +56,8 @@ struct TargetCall {
     }
 };
 
-constexpr const char* kForward = R"(The forward of em3::lora_target_attention, on float32 CPU tensors.
+constexpr const char* kForward = R"(The forward of em3::lora_target_attention, on float32 CPU tensors; the bank may be
+bfloat16 or float16.
 
 u: [H, B, M, C]. w: [H, E, C]. history: int64 row numbers [B, N], or [T] with offsets [B + 1] int64; one outside the bank
 is no item. bank: [n, C], its rows in one piece each. Writes y [H, B, M, C], o [H, B, M, E] and lse [H, B, M]. Everything

@@ -8,6 +8,7 @@
 #include "../cpu/qformer_attention.h"
 #include "../tensor.h"
 #include "bindings.h"
+#include "storage.h"
 
 namespace py = pybind11;
 
@@ -96,7 +97,8 @@ struct QformerCall {
         x.require_shape(padded ? Sizes{shape.B, -1, -1} : Sizes{-1, -1});
         const Sizes& sizes = x.shape();
         TokenStream s{};
-        s.x = x.rows<const float>(sizes);
+        s.storage = storage_of(x);
+        s.x = x.rows_of_any(sizes);
         s.item_stride = padded ? x.stride(0) : 0;
         s.token_stride = x.stride(sizes.size() - 2);
         s.n = sizes[sizes.size() - 2];
@@ -110,7 +112,8 @@ struct QformerCall {
     }
 };
 
-constexpr const char* kQformerForward = R"(The forward of em3::qformer_attention, on float32 CPU tensors.
+constexpr const char* kQformerForward = R"(The forward of em3::qformer_attention, on float32 CPU tensors; the values may be
+bfloat16 or float16.
 
 u: [H, Bu, Q, C_m] each, Bu = 1 where all B items share them. c: [M, H, Bu, Q] or None. w: [H, E, C_m] each. values:
 [B, n, C_m] each, or [T, C_m] with offsets [B + 1] int64. masks: [B, n] or [T] bool each, or None. Writes y

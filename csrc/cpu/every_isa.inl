@@ -6,6 +6,8 @@
 // region could become the one copy the linker keeps for everybody.
 using std::int32_t;
 using std::int64_t;
+using std::uint16_t;
+using std::uint32_t;
 using std::uint8_t;
 using std::uintptr_t;
 
@@ -19,10 +21,10 @@ namespace baseline {
 #if EM3_HAVE_X86_PATHS
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #endif
 namespace avx2 {
 #define EM3_ISA 1
@@ -32,11 +34,11 @@ namespace avx2 {
 }  // namespace avx2
 #if defined(__clang__)
 #pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512vl,avx512bw,avx512dq"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512vl,avx512bw,avx512dq"))), apply_to = function)
 #else
 #pragma GCC pop_options
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512vl,avx512bw,avx512dq")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512vl,avx512bw,avx512dq")
 #endif
 namespace avx512 {
 #define EM3_ISA 2

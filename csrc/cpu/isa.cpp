@@ -12,6 +12,7 @@ std::string missing_avx2() {
   std::string lacks;
   if (!__builtin_cpu_supports("avx2")) lacks += " avx2";
   if (!__builtin_cpu_supports("fma")) lacks += " fma";
+  if (!__builtin_cpu_supports("f16c")) lacks += " f16c";
   return lacks;
 }
 

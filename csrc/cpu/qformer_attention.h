@@ -8,8 +8,8 @@
 //   o[r] = sum_m w_m,h y_m[r], the values of head h, E wide
 // An item with no present token has y = 0, o = 0, mass = 0, lse = -inf and zero gradients.
 //
-// Everything is float32 and contiguous unless a stride is named. Outputs may be uninitialised: every element is
-// written.
+// Everything is float32, except that tokens may be stored in half precision, and contiguous unless a stride is named.
+// Outputs may be uninitialised: every element is written.
 #pragma once
 
 #include <cstdint>
@@ -21,13 +21,17 @@ namespace em3 {
 
 constexpr int kMaxStreams = 8;
 
+enum class Storage : std::uint8_t { f32, bf16, f16 };
+constexpr std::int64_t bytes_of(Storage storage) { return storage == Storage::f32 ? 4 : 2; }
+
 // Padded (offsets == nullptr): item b has n tokens, token t at x + b*item_stride + t*token_stride.
 // Jagged: x has n rows in all, item b owns rows offsets[b] .. offsets[b+1].
 // With a lookup those are places in it, and token t is row lookup[t] of x, which has x_rows rows; one outside is absent.
 struct TokenStream {
-  const float* x;
+  const void* x;
+  Storage storage;
   std::int64_t item_stride;   // in elements; unused when jagged or looked up
-  std::int64_t token_stride;  // in elements; the C floats of a token are adjacent
+  std::int64_t token_stride;  // in elements; the C numbers of a token are adjacent
   std::int64_t n;
   std::int64_t C;
   const std::int64_t* offsets;   // [B+1], from 0, never falling, at most n; or null

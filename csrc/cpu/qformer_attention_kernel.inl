@@ -61,8 +61,9 @@ static void scatter_rows(const float* from, int64_t items, int64_t item, int64_t
 // ---- the tokens of one item, tile by tile --------------------------------------------------------------------------
 
 struct Tokens {
-  const float* x;
-  int64_t stride, n, C;
+  uintptr_t x;
+  Storage storage;
+  int64_t stride, n, C;  // stride in bytes
   const uint8_t* mask;
   const int64_t* lookup;
   int64_t x_rows;
@@ -74,22 +75,24 @@ struct Tokens {
     return mask == nullptr || mask[i] != 0;
   }
   bool all_present() const { return lookup == nullptr && mask == nullptr; }
-  const float* row(int64_t i) const { return x + (lookup != nullptr ? lookup[i] : i) * stride; }
+  uintptr_t row(int64_t i) const { return x + static_cast<uintptr_t>((lookup != nullptr ? lookup[i] : i) * stride); }
 };
 
 static Tokens item_tokens(const TokenStream& s, int64_t b) {
   Tokens t{};
   const int64_t begin = s.offsets != nullptr ? s.offsets[b] : b * s.n;
   t.n = s.offsets != nullptr ? s.offsets[b + 1] - begin : s.n;
-  t.stride = s.token_stride;
+  t.x = reinterpret_cast<uintptr_t>(s.x);
+  t.storage = s.storage;
+  t.stride = s.token_stride * bytes_of(s.storage);
   t.C = s.C;
   t.first = begin;
   if (s.lookup != nullptr) {
-    t.x = s.x;
     t.lookup = s.lookup + begin;
     t.x_rows = s.x_rows;
   } else {
-    t.x = s.offsets != nullptr ? s.x + begin * s.token_stride : s.x + b * s.item_stride;
+    const int64_t item = b * s.item_stride * bytes_of(s.storage);
+    t.x += static_cast<uintptr_t>(s.offsets != nullptr ? begin * t.stride : item);
     t.mask = s.mask == nullptr ? nullptr : s.offsets != nullptr ? s.mask + begin : s.mask + b * s.mask_item_stride;
   }
   t.present = t.n;
@@ -102,8 +105,9 @@ static Tokens item_tokens(const TokenStream& s, int64_t b) {
 
 struct Tile {
   const float* x;      // first row
-  int64_t stride, n;
+  int64_t stride, n;   // stride in floats
   const float** rows;  // [n] row pointers
+  bool copied;         // rows are in a tile's memory, not the caller's
   int64_t* index;      // [n] token numbers within the item
   Ahead ahead;         // where the next tile probably is
 };
@@ -120,36 +124,46 @@ EM3_INLINE int64_t tile_limit(int64_t C) {
 // K=8: 1.17 / 1.08; B=32, N=256, C=512, K=8: 1.0 / 0.93.
 EM3_INLINE bool few(const Shape& shape) { return shape.K() <= kFew; }
 
+// [i] of a row of C numbers as floats.
+EM3_INLINE V load_as(Storage storage, uintptr_t row, int64_t i) {
+  if (storage == Storage::bf16) return load_bf16(reinterpret_cast<const uint16_t*>(row) + i);
+  if (storage == Storage::f16) return load_f16(reinterpret_cast<const uint16_t*>(row) + i);
+  return load(reinterpret_cast<const float*>(row) + i);
+}
+
+static void copy_row(Storage storage, uintptr_t row, int64_t C, float* to) {
+  int64_t c = 0;
+  for (; c + kVec <= C; c += kVec) store(to + c, load_as(storage, row, c));
+  if (c == C) return;
+  const int tail = static_cast<int>(C - c);
+  const int64_t size = bytes_of(storage);
+  float last[kVec] = {};  // of either width
+  const auto* from = reinterpret_cast<const unsigned char*>(row) + c * size;
+  for (int64_t i = 0; i < tail * size; ++i) reinterpret_cast<unsigned char*>(last)[i] = from[i];
+  store_part(to + c, load_as(storage, reinterpret_cast<uintptr_t>(last), 0), tail);
+}
+
 // Absent tokens are never read (they may hold anything). A run of present tokens is used in place. Otherwise, and
 // when the row stride maps all rows to few sets of the level-1 cache, the rows are copied side by side; but not for
-// products that take them one by one (copy == nullptr).
-static int64_t next_tile(const Tokens& t, int64_t from, int64_t want, float* copy, Tile& tile) {
+// products that take them one by one. Half precision becomes floats by being copied.
+static int64_t next_tile(const Tokens& t, int64_t from, int64_t want, bool one_by_one, float* copy, Tile& tile) {
   int64_t n = 0;
   for (; from < t.n && n < want; ++from) {
     if (!t.has(from)) continue;
-    tile.rows[n] = t.row(from);
+    tile.rows[n] = reinterpret_cast<const float*>(t.row(from));
     tile.index[n++] = from;
   }
   tile.n = n;
-  tile.ahead = {0, 0, 0};
+  tile.ahead = {};
   if (n == 0) return from;
-  tile.x = tile.rows[0];
-  tile.stride = t.stride;
   const bool run = t.lookup == nullptr && tile.index[n - 1] - tile.index[0] == n - 1;
-  if (run) {
-    tile.ahead = {reinterpret_cast<uintptr_t>(tile.x) + static_cast<uintptr_t>(n * t.stride * 4), t.stride * 4, n};
-  }
-  if (copy != nullptr && (!run || t.stride % 1024 == 0)) {
-    const int64_t width = round_up(t.C, 16) + 16;
-    for (int64_t i = 0; i < n; ++i) {
-      float* to = copy + i * width;
-      int64_t c = 0;
-      for (; c + kVec <= t.C; c += kVec) store(to + c, load(tile.rows[i] + c));
-      if (c < t.C) store_part(to + c, load_part(tile.rows[i] + c, static_cast<int>(t.C - c)), static_cast<int>(t.C - c));
-      tile.rows[i] = to;
-    }
-    tile.x = copy;
-    tile.stride = width;
+  if (run) tile.ahead = {t.row(tile.index[0]) + static_cast<uintptr_t>(n * t.stride), t.stride, n, bytes_of(t.storage)};
+  tile.copied = t.storage != Storage::f32 || (!one_by_one && (!run || t.stride % 4096 == 0));
+  tile.x = tile.copied ? copy : tile.rows[0];
+  tile.stride = tile.copied ? round_up(t.C, 16) + 16 : t.stride / 4;
+  for (int64_t i = 0; tile.copied && i < n; ++i) {
+    copy_row(t.storage, reinterpret_cast<uintptr_t>(tile.rows[i]), t.C, copy + i * tile.stride);
+    tile.rows[i] = copy + i * tile.stride;
   }
   return from;
 }
@@ -180,11 +194,12 @@ static TileScratch make_tile_scratch(Arena& arena, const Shape& shape, const Str
   for (int m = 0; m < M; ++m) {
     const int64_t C = streams[m].tokens.C, limit = tile_limit(C);
     rows = limit > rows ? limit : rows;
+    if (few(shape) && streams[m].tokens.storage == Storage::f32) continue;  // never copied
     const int64_t need = limit * (round_up(C, 16) + 16);
     floats = need > floats ? need : floats;
   }
   TileScratch s{};
-  s.copy = few(shape) ? nullptr : arena.floats(floats);
+  s.copy = arena.floats(floats);
   s.tile.rows = arena.array<const float*>(rows);
   s.tile.index = arena.array<int64_t>(rows);
   s.tile.n = rows;
@@ -288,14 +303,14 @@ static void forward_tile(const ForwardJob& job, ForwardState& st, int m, bool fi
     const int64_t ld = smaller(kBlock, padded - r0);
     if (few(job.shape)) {
       if (K < ld) fill(st.s, tile.n * ld, 0.0f);
-      dots({tile.rows, st.u[m], C, st.s, ld, true}, tile.n, K);
+      dots({tile.rows, st.u[m], C, st.s, ld, !tile.copied}, tile.n, K);
     } else {
       scores({tile.x, tile.stride, packed + r0 * C, C, st.s, ld}, tile.n, ld);
     }
     softmax_block(st, job.M, m, r0, tile.n, ld);
     if (last) invert_sums(st, job.M, r0, ld);
     const Update g{st.s, ld, tile.n, tile.rows, st.y[m] + r0, st.owed[m] + r0, last ? st.inverse + r0 : nullptr, !first};
-    update(g, smaller(kBlock, K - r0), C, r0 == 0 ? tile.ahead : Ahead{0, 0, 0});
+    update(g, smaller(kBlock, K - r0), C, r0 == 0 ? tile.ahead : Ahead{});
     fill(st.owed[m] + r0, ld, 1.0f);
   }
 }
@@ -357,7 +372,8 @@ static void forward_item(const ForwardJob& job, ForwardState& st, int64_t b) {
     const int64_t limit = tile_limit(tokens[m].C), tiles = (tokens[m].present + limit - 1) / limit;
     int64_t at = 0, left = tokens[m].present;
     for (int64_t i = 0; i < tiles; ++i) {
-      at = next_tile(tokens[m], at, (left + tiles - i - 1) / (tiles - i), st.tiles.copy, st.tiles.tile);
+      at = next_tile(tokens[m], at, (left + tiles - i - 1) / (tiles - i), few(job.shape), st.tiles.copy,
+                     st.tiles.tile);
       left -= st.tiles.tile.n;
       forward_tile(job, st, m, i == 0, m == last_stream && i + 1 == tiles);
     }
@@ -499,7 +515,7 @@ static void backward_tile(const BackwardJob& job, BackwardState& st, int m, cons
     const int64_t width = smaller(kBlock, padded - r0), rows = smaller(kBlock, K - r0);
     if (few(job.shape)) {
       if (K < width) fill(st.w, tile.n * 2 * width, 0.0f);
-      dots({tile.rows, st.u[m], C, st.w, 2 * width, true}, tile.n, K);
+      dots({tile.rows, st.u[m], C, st.w, 2 * width, !tile.copied}, tile.n, K);
       dots({tile.rows, st.dy[m], C, st.w + width, 2 * width, false}, tile.n, K);
     } else if (padded == kVec) {
       scores({tile.x, tile.stride, st.both[m], C, st.w, kPanel}, tile.n, kPanel);
@@ -510,7 +526,7 @@ static void backward_tile(const BackwardJob& job, BackwardState& st, int m, cons
     gradient_block(st, m, r0, tile.n, width);
     if (s.du != nullptr) {
       const Update g{st.w, 2 * width, tile.n, tile.rows, st.du[m] + r0, nullptr, nullptr, st.touched[m]};
-      update(g, rows, C, r0 == 0 ? tile.ahead : Ahead{0, 0, 0});
+      update(g, rows, C, r0 == 0 ? tile.ahead : Ahead{});
     }
     if (s.dx == nullptr) continue;
     for (int64_t r = 0; r < rows; ++r) {
@@ -602,7 +618,8 @@ static void backward_item(const BackwardJob& job, BackwardState& st, int64_t b, 
     const int64_t limit = tile_limit(t.C), tiles = (t.present + limit - 1) / limit;
     int64_t at = 0, left = t.present;
     for (int64_t i = 0; i < tiles; ++i) {
-      at = next_tile(t, at, (left + tiles - i - 1) / (tiles - i), st.tiles.copy, st.tiles.tile);
+      at = next_tile(t, at, (left + tiles - i - 1) / (tiles - i), few(job.shape), st.tiles.copy,
+                     st.tiles.tile);
       left -= st.tiles.tile.n;
       backward_tile(job, st, m, t);
     }
@@ -642,7 +659,7 @@ static void weigh(const BackwardJob& job, BackwardState& st, int64_t begin, int6
       const int64_t first = (h * shape.B + begin) * shape.Q;
       for (int64_t i = 0; i < rows; ++i) st.y_rows[i] = job.streams[m].y + (first + i) * C;
       for (int64_t e = 0; e < E; ++e) st.dw_rows[e] = to.dw[m] + (h * E + e) * C;
-      update({job.dout + first * E, E, rows, st.y_rows, st.dw_rows, nullptr, nullptr, st.dw_started}, E, C, Ahead{0, 0, 0});
+      update({job.dout + first * E, E, rows, st.y_rows, st.dw_rows, nullptr, nullptr, st.dw_started}, E, C, Ahead{});
     }
   }
   st.dw_started = true;

@@ -168,3 +168,44 @@ EM3_INLINE void store_sums(float* p, V a, V b, V c, V d) {
 #else
 EM3_INLINE void store_sums(float* p, V a, V b, V c, V d) { p[0] = sum(a), p[1] = sum(b), p[2] = sum(c), p[3] = sum(d); }
 #endif
+
+// kVec numbers of half precision as floats, exactly.
+#if EM3_ISA == 2
+EM3_INLINE V load_bf16(const uint16_t* p) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+EM3_INLINE V load_f16(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+#elif EM3_ISA == 1
+EM3_INLINE V load_bf16(const uint16_t* p) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+EM3_INLINE V load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+#else
+EM3_INLINE V load_bf16(const uint16_t* p) {
+  float lanes[kVec];
+  for (int i = 0; i < kVec; ++i) {
+    const uint32_t bits = static_cast<uint32_t>(p[i]) << 16;
+    std::memcpy(lanes + i, &bits, sizeof bits);
+  }
+  return load(lanes);
+}
+// Exponent and fraction moved to where a float has them are the number times 2^-112, also for subnormal ones; an
+// exponent of all ones, infinity or NaN, has to stay one.
+EM3_INLINE V load_f16(const uint16_t* p) {
+  float lanes[kVec];
+  for (int i = 0; i < kVec; ++i) {
+    uint32_t bits = static_cast<uint32_t>(p[i] & 0x7fff) << 13;
+    std::memcpy(lanes + i, &bits, sizeof bits);
+    lanes[i] *= 5.192296858534828e33f;  // 2^112
+    std::memcpy(&bits, lanes + i, sizeof bits);
+    if ((p[i] & 0x7c00) == 0x7c00) bits |= 0x7f800000;
+    bits |= static_cast<uint32_t>(p[i] & 0x8000) << 16;
+    std::memcpy(lanes + i, &bits, sizeof bits);
+  }
+  return load(lanes);
+}
+#endif

@@ -222,6 +222,7 @@ struct Ahead {
   uintptr_t address;
   int64_t stride;  // in bytes
   int64_t rows;
+  int64_t size;  // bytes of an element
 };
 
 EM3_INLINE int64_t strip_width(int64_t left) { return left >= kPanel ? kPanel : left >= kVec ? kVec : left; }
@@ -232,7 +233,7 @@ static void update(const Update& g, int64_t n, int64_t C, const Ahead& ahead) {
   for (int64_t col = 0, width; col < C; col += width) {
     width = strip_width(C - col);
     for (int64_t t = 0; t < ahead.rows; ++t) {
-      for (int64_t at = 0; at < width; at += 16) EM3_PREFETCH(ahead.address + t * ahead.stride + (col + at) * 4);
+      for (int64_t at = 0; at < width; at += 16) EM3_PREFETCH(ahead.address + static_cast<uintptr_t>(t * ahead.stride + (col + at) * ahead.size));
     }
     int64_t row = 0;
     for (int64_t i = 0; i < rows.blocks; ++i) {

@@ -49,10 +49,14 @@ def shape(tensor: Tensor, expected: Sequence[int | str], name: str) -> None:
         raise ValueError(f"{name}: was {list(tensor.shape)}, must be [{must}]")
 
 
-def same_device_and_dtype(first_name: str, first: Tensor, others: dict[str, Tensor | None]) -> None:
-    if first.dtype not in FLOATS:
+def floating(tensor: Tensor, name: str) -> None:
+    if tensor.dtype not in FLOATS:
         must = "torch.float32, torch.bfloat16, torch.float16 or torch.float64"
-        raise ValueError(f"{first_name}: was {first.dtype}, must be {must}")
+        raise ValueError(f"{name}: was {tensor.dtype}, must be {must}")
+
+
+def same_device_and_dtype(first_name: str, first: Tensor, others: dict[str, Tensor | None]) -> None:
+    floating(first, first_name)
     for name, tensor in others.items():
         if tensor is None:
             continue

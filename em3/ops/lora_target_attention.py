@@ -177,8 +177,7 @@ def _check(target: Tensor, ids: Tensor, offsets: Tensor | None, bank: Tensor, ba
         raise ValueError(f"target: was {list(target.shape)}, must be [{batch}, D] or [{batch}, M, D] like history")
     if bank.dim() != 2:
         raise ValueError(f"bank: was {list(bank.shape)}, must be [n, C]")
-    if bank.dtype not in _checks.FLOATS:
-        raise ValueError(f"bank: was {bank.dtype}, must be a floating-point dtype")
+    _checks.floating(bank, "bank")
     d, c = target.shape[-1], bank.shape[1]
     _checks.divides(num_heads, d, "target")
     for name, tensor, shape in (("w_q", w_q, [d, d]), ("w_k", w_k, [d, c]), ("w_v", w_v, [d, c]), ("w_o", w_o, [d, d])):

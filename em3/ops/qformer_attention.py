@@ -36,7 +36,8 @@ def qformer_attention(query: Tensor, streams: Any, w_q: Tensor, w_k: Sequence[Te
     Args:
         query: ``[Q, D]``, shared by all items, or ``[B, Q, D]``.
         streams: one stream or a sequence of ``M``: padded ``[B, N, C_m]``, or jagged (``em3.Jagged``,
-            ``torch.nested`` in the jagged layout, anything with ``.values()`` and ``.offsets()``).
+            ``torch.nested`` in the jagged layout, anything with ``.values()`` and ``.offsets()``). Each may be of another
+            floating-point dtype than the rest, as tokens stored in a half type: they are read in it, at half the cost.
         w_q, w_o: ``[D, D]``.
         w_k, w_v: one ``[D, C_m]`` a stream.
         b_q, b_o: ``[D]`` or None.
@@ -83,7 +84,7 @@ def qformer_attention(query: Tensor, streams: Any, w_q: Tensor, w_k: Sequence[Te
         _dispatch.serves_projection("qformer_attention", request)
         projected = []
         for s, *weights in zip(parsed, wk, wv, bk, bv, strict=True):
-            x = _projected.real_tokens(s)
+            x = _projected.real_tokens(s).to(q.dtype)
             k, v = F.linear(x, weights[0], weights[2]), F.linear(x, weights[1], weights[3])
             projected.append(_projected.Projected(k, v, s.offsets, s.mask))
         out = _projected.attend(q, projected, batch, [f"streams[{i}]" for i in range(m)])
@@ -184,10 +185,12 @@ def _check(query: Tensor, streams: Sequence[Stream], w_q: Tensor, w_k: Sequence[
     for name, (tensor, expected) in named.items():
         if tensor is not None:
             _checks.shape(tensor, expected, name)
-    values: dict[str, Tensor | None] = {f"streams[{i}]": s.values for i, s in enumerate(streams)}
-    _checks.same_device_and_dtype("query", query, values | {name: t for name, (t, _) in named.items()})
-    indices = {f"streams[{i}].offsets": s.offsets for i, s in enumerate(streams)}
-    _checks.same_device("query", query, indices | {f"masks[{i}]": s.mask for i, s in enumerate(streams)})
+    _checks.same_device_and_dtype("query", query, {name: t for name, (t, _) in named.items()})
+    given: dict[str, Tensor | None] = {}
+    for i, stream in enumerate(streams):
+        _checks.floating(stream.values, f"streams[{i}]")
+        given |= {f"streams[{i}]": stream.values, f"streams[{i}].offsets": stream.offsets, f"masks[{i}]": stream.mask}
+    _checks.same_device("query", query, given)
     return batch
 
 
@@ -237,7 +240,7 @@ def _check_content(values, offsets):
 def _forward_fake(u, c, w, values, offsets, masks, batch, backend):
     h, _, q, _ = u[0].shape
     wide = torch.float64 if u[0].dtype == torch.float64 else torch.float32
-    y = [x.new_empty(h, batch, q, x.shape[-1]) for x in values]
+    y = [u[0].new_empty(h, batch, q, x.shape[-1]) for x in values]
     o, mass = u[0].new_empty(h, batch, q, w[0].shape[1]), u[0].new_empty(len(u), h, batch, q, dtype=wide)
     return y, o, mass, u[0].new_empty(h, batch, q, dtype=wide)
 

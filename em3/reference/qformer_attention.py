@@ -16,7 +16,7 @@ def qformer_attention(query, streams, w_q, w_k, w_v, w_o, b_q=None, b_k=None, b_
     keys, values, present = [], [], []
     for m, source in enumerate(streams):
         stream = parse_stream(source, (masks or none)[m], "streams", "masks")
-        x, mask = stream.values, stream.mask
+        x, mask = stream.values.to(query.dtype), stream.mask
         if stream.offsets is not None:
             x, mask = padded(x, stream.offsets)
         keys.append(F.linear(x, w_k[m], (b_k or none)[m]))

@@ -1,11 +1,27 @@
-"""Long items cut into parts that the kernels take for items, so that a few of them keep every thread busy."""
+"""What the attention kernels' callers share: what they serve, and long items cut into parts.
+
+The kernels take parts for items, so that a few long items keep every thread busy.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+STORED = (torch.float32, torch.bfloat16, torch.float16)  # what rows may be stored in: a tile of them at a time becomes float32
 PART = 256  # tokens that a part of an item has at least, so that its own rows of y stay a small share of the work
+
+
+def refusal(rows: Tensor, others: Tensor, name: str) -> str | None:
+    """Why the kernels do not serve rows to read (``name``) and queries of these devices, dtypes and widths; else None."""
+    if rows.device.type != "cpu":
+        return f"it computes on the CPU and the tensors are on {rows.device}"
+    for what, tensor in ((name, rows), ("query", others)):
+        if tensor.dtype not in STORED:
+            return f"it computes in float32 and the {what} is {tensor.dtype}; convert it or use another backend"
+    if rows.shape[-1] == 0:
+        return f"it reads rows of width 1 and more, and the {name} is of width 0"
+    return None
 
 
 def count(tokens: list[Tensor], offsets: list[Tensor | None], batch: int) -> int:

@@ -1,7 +1,8 @@
-"""A target reads its history out of the bank: the compiled CPU kernel, float32.
+"""A target reads its history out of the bank: the compiled CPU kernel.
 
-The kernel is that of ``qformer_attention`` with one stream whose tokens are looked up in the bank: rows are gathered a
-tile at a time into memory that stays in the cache, and nothing else grows with the history.
+The kernel is that of ``qformer_attention`` with one stream whose tokens are looked up in the bank: nothing but its output
+grows with the history. It computes in float32: the rows of a bank in a half type are read as they are, everything else in
+one is converted here.
 """
 
 from __future__ import annotations
@@ -16,14 +17,7 @@ __all__ = ["backward", "forward", "supports", "unavailable", "wins"]
 
 
 def supports(u: Tensor, w: Tensor, history: Tensor, offsets: Tensor | None, bank: Tensor) -> str | None:
-    if u.device.type != "cpu":
-        return f"it computes on the CPU and the tensors are on {u.device}"
-    for what, tensor in (("target", u), ("bank", bank)):
-        if tensor.dtype != torch.float32:
-            return f"it computes in float32 and the {what} is {tensor.dtype}; convert it or use another backend"
-    if bank.shape[1] == 0:
-        return "it reads rows of width 1 and more, and the bank has width 0"
-    return None
+    return _parts.refusal(bank, u, "bank")
 
 
 def wins(u: Tensor, w: Tensor, history: Tensor, offsets: Tensor | None, bank: Tensor) -> bool:
@@ -35,17 +29,24 @@ def wins(u: Tensor, w: Tensor, history: Tensor, offsets: Tensor | None, bank: Te
 
 def forward(u: Tensor, w: Tensor, history: Tensor, offsets: Tensor | None,
             bank: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    batch = u.shape[1]
-    parts = _parts.count([history], [offsets], batch)
-    if parts == 1:
-        return _forward(u, w, history, offsets, bank)
-    y, o, lse = _forward(u.repeat_interleave(parts, 1), w, *_parts.cut(history, offsets, parts), bank)
-    share, whole = _parts.shares(lse, batch, parts)
-    return _parts.joined(y, share), _parts.joined(o, share), whole
+    dtype = u.dtype
+    y, o, lse = _forward(u.float(), w.float(), history, offsets, bank)
+    return y.to(dtype), o.to(dtype), lse
 
 
 def _forward(u: Tensor, w: Tensor, history: Tensor, offsets: Tensor | None,
              bank: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    batch = u.shape[1]
+    parts = _parts.count([history], [offsets], batch)
+    if parts == 1:
+        return _whole_forward(u, w, history, offsets, bank)
+    y, o, lse = _whole_forward(u.repeat_interleave(parts, 1), w, *_parts.cut(history, offsets, parts), bank)
+    share, whole = _parts.shares(lse, batch, parts)
+    return _parts.joined(y, share), _parts.joined(o, share), whole
+
+
+def _whole_forward(u: Tensor, w: Tensor, history: Tensor, offsets: Tensor | None,
+                   bank: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     y, o, lse = _parts.empty(*u.shape), _parts.empty(*u.shape[:3], w.shape[1]), _parts.empty(*u.shape[:3])
     cpp.compiled().lora_target_attention_forward(
         *_inputs(u, w, history, offsets, bank), y, o, lse, torch.get_num_threads(), cpp.isa
@@ -56,19 +57,28 @@ def _forward(u: Tensor, w: Tensor, history: Tensor, offsets: Tensor | None,
 def backward(dout: Tensor, u: Tensor, w: Tensor, history: Tensor, offsets: Tensor | None, bank: Tensor, y: Tensor,
              o: Tensor, lse: Tensor, need_u: bool, need_w: bool, need_bank: bool,
              ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    parts = _parts.count([history], [offsets], u.shape[1])
-    if parts == 1:
-        return _backward(dout, u, w, history, offsets, bank, y, o, lse, need_u, need_w, need_bank)
-    y = _parts.first(y, parts)
-    dout, of_parts, o, lse = (t.repeat_interleave(parts, 1) for t in (dout, u, o, lse))
-    history, offsets = _parts.cut(history, offsets, parts)
-    du, dw, dbank = _backward(dout, of_parts, w, history, offsets, bank, y, o, lse, need_u, need_w, need_bank)
-    return du.unflatten(1, (-1, parts)).sum(2), dw, dbank
+    du, dw, dbank = _backward(
+        dout.float(), u.float(), w.float(), history, offsets, bank, y.float(), o.float(), lse, need_u, need_w, need_bank
+    )
+    return du.to(u.dtype), dw.to(w.dtype), dbank.to(bank.dtype)
 
 
 def _backward(dout: Tensor, u: Tensor, w: Tensor, history: Tensor, offsets: Tensor | None, bank: Tensor, y: Tensor,
               o: Tensor, lse: Tensor, need_u: bool, need_w: bool, need_bank: bool,
               ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    parts = _parts.count([history], [offsets], u.shape[1])
+    if parts == 1:
+        return _whole_backward(dout, u, w, history, offsets, bank, y, o, lse, need_u, need_w, need_bank)
+    y = _parts.first(y, parts)
+    dout, of_parts, o, lse = (t.repeat_interleave(parts, 1) for t in (dout, u, o, lse))
+    history, offsets = _parts.cut(history, offsets, parts)
+    du, dw, dbank = _whole_backward(dout, of_parts, w, history, offsets, bank, y, o, lse, need_u, need_w, need_bank)
+    return du.unflatten(1, (-1, parts)).sum(2), dw, dbank
+
+
+def _whole_backward(dout: Tensor, u: Tensor, w: Tensor, history: Tensor, offsets: Tensor | None, bank: Tensor, y: Tensor,
+                    o: Tensor, lse: Tensor, need_u: bool, need_w: bool, need_bank: bool,
+                    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     du = _parts.empty(*u.shape) if need_u else None
     dw = _parts.empty(*w.shape) if need_w else None
     dx = _parts.empty(*history.shape, bank.shape[1]) if need_bank else None  # a row for each place of the history
@@ -80,7 +90,7 @@ def _backward(dout: Tensor, u: Tensor, w: Tensor, history: Tensor, offsets: Tens
     if dx is not None:
         # Row by row in the order of the history, so that the same call gives the same bits.
         rows, dx = history.flatten(), dx.flatten(0, -2)
-        dbank = torch.zeros_like(bank, memory_format=torch.contiguous_format)
+        dbank = torch.zeros(bank.shape, dtype=torch.float32, device="cpu")  # a row may be read many times over
         dbank.index_add_(0, rows.clamp(min=0), dx)  # zeros, for no item
     return torch.zeros_like(u) if du is None else du, _parts.empty(0) if dw is None else dw, dbank
 

@@ -1,7 +1,8 @@
-"""Few queries read many tokens, keys and values never formed: the compiled CPU kernel, float32.
+"""Few queries read many tokens, keys and values never formed: the compiled CPU kernel.
 
 The contract of ``forward`` and ``backward`` is that of ``em3.ops.qformer_attention``; memory beyond the outputs is one
-tile of tokens a thread. The kernel hands whole items to its threads. Where there are fewer long items than would keep
+tile of tokens a thread. The kernel computes in float32: tokens in a half type are read as they are, everything else in one
+is converted here. The kernel hands whole items to its threads. Where there are fewer long items than would keep
 them busy, each is cut into parts that the kernel takes for items, and their softmaxes are joined here.
 """
 
@@ -20,15 +21,9 @@ __all__ = ["backward", "forward", "supports", "unavailable", "wins"]
 
 def supports(u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Tensor], offsets: list[Tensor | None],
              masks: list[Tensor | None], batch: int) -> str | None:  # fmt: skip
-    if values[0].device.type != "cpu":
-        return f"it computes on the CPU and the tensors are on {values[0].device}"
-    if values[0].dtype != torch.float32:
-        return f"it computes in float32 and the tensors are {values[0].dtype}; convert them or use another backend"
     if len(values) > MAX_STREAMS:
         return f"it reads at most {MAX_STREAMS} streams and got {len(values)}; join some or use another backend"
-    if any(x.shape[-1] == 0 for x in values):
-        return "it reads tokens of width 1 and more, and a stream has width 0"
-    return None
+    return next((why for x in values if (why := _parts.refusal(x, u[0], "token stream")) is not None), None)
 
 
 def wins(u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Tensor], offsets: list[Tensor | None],
@@ -42,19 +37,26 @@ def wins(u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Tensor
 
 def forward(u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Tensor], offsets: list[Tensor | None],
             masks: list[Tensor | None], batch: int) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:  # fmt: skip
+    dtype = u[0].dtype
+    y, o, mass, lse = _forward(_wide(u), c, _wide(w), values, offsets, masks, batch)
+    return [t.to(dtype) for t in y], o.to(dtype), mass, lse
+
+
+def _forward(u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Tensor], offsets: list[Tensor | None],
+             masks: list[Tensor | None], batch: int) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:  # fmt: skip
     parts = _parts.count(values, offsets, batch)
     if parts == 1:
-        return _forward(u, c, w, values, offsets, masks, batch)
+        return _whole_forward(u, c, w, values, offsets, masks, batch)
     u, c = _of_parts(u, c, parts)
     values, offsets, masks = _cut(values, offsets, masks, parts)
-    y, o, mass, lse = _forward(u, c, w, values, offsets, masks, batch * parts)
+    y, o, mass, lse = _whole_forward(u, c, w, values, offsets, masks, batch * parts)
     share, whole = _parts.shares(lse, batch, parts)
     mass = (mass.view(len(y), *share.shape) * share).sum(3)
     return [_parts.joined(t, share) for t in y], _parts.joined(o, share), mass, whole
 
 
-def _forward(u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Tensor], offsets: list[Tensor | None],
-             masks: list[Tensor | None], batch: int) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:  # fmt: skip
+def _whole_forward(u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Tensor], offsets: list[Tensor | None],
+                   masks: list[Tensor | None], batch: int) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:  # fmt: skip
     h, _, q, _ = u[0].shape
     y = [_parts.empty(h, batch, q, x.shape[-1]) for x in values]
     o, mass, lse = (_parts.empty(*s) for s in ((h, batch, q, w[0].shape[1]), (len(u), h, batch, q), (h, batch, q)))
@@ -68,10 +70,24 @@ def backward(dout: Tensor, dmass: Tensor | None, u: list[Tensor], c: Tensor | No
              offsets: list[Tensor | None], masks: list[Tensor | None], y: list[Tensor], o: Tensor, mass: Tensor,
              lse: Tensor, need_u: bool, need_w: list[bool], need_values: list[bool],
              ) -> tuple[list[Tensor], Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+    du, dc, dw, dx = _backward(
+        dout.float(), dmass, _wide(u), c, _wide(w), values, offsets, masks, _wide(y), o.float(), mass, lse, need_u, need_w,
+        need_values,
+    )  # fmt: skip
+    return (
+        [g.to(t.dtype) for g, t in zip(du, u, strict=True)], dc, [g.to(t.dtype) for g, t in zip(dw, w, strict=True)],
+        [g.to(x.dtype) for g, x in zip(dx, values, strict=True)],
+    )  # fmt: skip
+
+
+def _backward(dout: Tensor, dmass: Tensor | None, u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Tensor],
+              offsets: list[Tensor | None], masks: list[Tensor | None], y: list[Tensor], o: Tensor, mass: Tensor,
+              lse: Tensor, need_u: bool, need_w: list[bool], need_values: list[bool],
+              ) -> tuple[list[Tensor], Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     batch, need = lse.shape[1], (need_u, need_w, need_values)
     parts = _parts.count(values, offsets, batch)
     if parts == 1:
-        return _backward(dout, dmass, u, c, w, values, offsets, masks, y, o, mass, lse, *need)
+        return _whole_backward(dout, dmass, u, c, w, values, offsets, masks, y, o, mass, lse, *need)
     # Every part gets what belongs to its whole item, and contributes what its tokens add to the sums.
     shapes = [x.shape for x in values]
     u, c = _of_parts(u, c, parts)
@@ -79,16 +95,16 @@ def backward(dout: Tensor, dmass: Tensor | None, u: list[Tensor], c: Tensor | No
     dout, o, lse = (t.repeat_interleave(parts, 1) for t in (dout, o, lse))
     mass, dmass = mass.repeat_interleave(parts, 2), None if dmass is None else dmass.repeat_interleave(parts, 2)
     y = [_parts.first(t, parts) for t in y]
-    du, dc, dw, dx = _backward(dout, dmass, u, c, w, values, offsets, masks, y, o, mass, lse, *need)
+    du, dc, dw, dx = _whole_backward(dout, dmass, u, c, w, values, offsets, masks, y, o, mass, lse, *need)
     if u[0].shape[1] > 1:
         du, dc = [t.unflatten(1, (batch, parts)).sum(2) for t in du], dc.unflatten(2, (batch, parts)).sum(3)
     return du, dc, dw, [g.view(shape) if n else g for g, shape, n in zip(dx, shapes, need_values, strict=True)]
 
 
-def _backward(dout: Tensor, dmass: Tensor | None, u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Tensor],
-              offsets: list[Tensor | None], masks: list[Tensor | None], y: list[Tensor], o: Tensor, mass: Tensor,
-              lse: Tensor, need_u: bool, need_w: list[bool], need_values: list[bool],
-              ) -> tuple[list[Tensor], Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+def _whole_backward(dout: Tensor, dmass: Tensor | None, u: list[Tensor], c: Tensor | None, w: list[Tensor],
+                    values: list[Tensor], offsets: list[Tensor | None], masks: list[Tensor | None], y: list[Tensor],
+                    o: Tensor, mass: Tensor, lse: Tensor, need_u: bool, need_w: list[bool], need_values: list[bool],
+                    ) -> tuple[list[Tensor], Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     du, dc = [_parts.empty(*x.shape) for x in u], _parts.empty(len(u), *u[0].shape[:3])
     dw, dx = (
         [_parts.empty(*t.shape) if n else _parts.empty(0) for t, n in zip(tensors, needs, strict=True)]
@@ -105,6 +121,10 @@ def _backward(dout: Tensor, dmass: Tensor | None, u: list[Tensor], c: Tensor | N
         torch.get_num_threads(), cpp.isa,
     )  # fmt: skip
     return du, dc, dw, dx
+
+
+def _wide(tensors: list[Tensor]) -> list[Tensor]:
+    return [t.float() for t in tensors]
 
 
 def _cut(values: list[Tensor], offsets: list[Tensor | None], masks: list[Tensor | None],
