@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..data.batches import Batch
 from ..jagged import Jagged
 from ..layers import ContentIDContrastiveLoss, LoRATargetAttention
+from .mlp import mlp
 
 GRADIENTS = ("both", "content", "id")
 
@@ -42,7 +43,7 @@ class EM3(nn.Module):
             [K, V]``, built for ``X = EM3.extra_dim(content_dim)`` further dense features.
         fusion: tokens -> content, as :class:`em3.FusionQFormer`: a module that maps a list of streams to
             ``[U, content_dim]``. None for frozen two-stage features: the bank then holds them, of any width, and a
-            linear layer that is trained maps a target's to its content embedding.
+            network that is trained maps a target's to its content embedding.
         num_items: ``n`` of the catalogue.
         content_dim: width of the content embedding.
         bank_dim: width of the bank; ``content_dim`` unless ``fusion`` is None.
@@ -66,7 +67,7 @@ class EM3(nn.Module):
         bank_dim = bank_dim or content_dim
         self.ranker: Any = ranker  # Any: of a module's own methods the type checker knows nothing
         self.fusion = fusion
-        self.adapt = nn.Linear(bank_dim, content_dim) if fusion is None else None
+        self.adapt = mlp(bank_dim, (2 * content_dim,), content_dim, 0.0) if fusion is None else None
         self.norm = nn.LayerNorm(content_dim)
         self.interest = LoRATargetAttention(bank_dim, content_dim, num_heads=num_heads, rank=rank)
         if bank_dim == content_dim:

@@ -78,7 +78,7 @@ class TrainConfig:
     batch_size: int = 2048
     lr: float = 2e-3
     warmup_steps: int = 50
-    weight_decay: float = 1e-6
+    weight_decay: float = 1e-4
     id_lr_factor: float = 1.0  # of the ID tables' learning rate
     write_back: bool = True  # a step's content goes into the bank
     refresh_every: int = 50  # steps between full refreshes of the bank

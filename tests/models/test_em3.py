@@ -67,7 +67,7 @@ def slow_extra(model: EM3, target: Tensor, history: list[int]) -> Tensor:
     interest = unit_norm(read, model.norm_interest) if history else torch.zeros_like(read)
     mean = torch.zeros(C).double()
     if history:
-        mean = x.mean(0) if model.adapt is None else model.adapt.weight @ x.mean(0) + model.adapt.bias
+        mean = x.mean(0) if model.adapt is None else model.adapt(x.mean(0))
     count = torch.tensor([max(len(history), 1)]).double().log()
     return torch.cat([target, interest, target * interest, (target - read).abs(), mean, target * mean, count])
 
@@ -81,7 +81,7 @@ def slow_logits(case: Case, batch: Batch, from_bank: bool) -> Tensor:
         elif model.adapt is None:
             content = model.bank[item]
         else:
-            content = unit_norm(model.adapt.weight @ model.bank[item] + model.adapt.bias, model.norm)
+            content = unit_norm(model.adapt(model.bank[item]), model.norm)
         rows.append(slow_extra(model, content, batch.history.values()[bounds[b] : bounds[b + 1]].tolist()))
     return model.ranker(batch, torch.stack(rows))
 

@@ -51,11 +51,12 @@ def slow_din(model: DIN, user: int, item: int, history: list[int], extra: Tensor
 def slow_dcn(model: DCNv2, user: int, item: int, history: list[int], extra: Tensor) -> Tensor:
     seen = [model.items.weight[i] for i in history]
     mean = sum(seen) / len(seen) if seen else torch.zeros(4, dtype=torch.float64)
-    x0 = torch.cat([model.users.weight[user], model.items.weight[item], mean, extra])
-    x = x0
+    fields = [model.users.weight[user], model.items.weight[item], mean]
+    content = [] if model.field is None else [model.field.weight @ extra + model.field.bias]
+    x = x0 = torch.cat([*fields, *content])
     for cross in model.crosses:
         x = x0 * (cross.weight @ x + cross.bias) + x
-    return model.head.weight[0] @ torch.cat([x, network(model.deep, x0)]) + model.head.bias[0]
+    return model.head.weight[0] @ torch.cat([x, network(model.deep, torch.cat([*fields, extra]))]) + model.head.bias[0]
 
 
 def slow(model: nn.Module, batch: Batch, extra: Tensor) -> Tensor:
