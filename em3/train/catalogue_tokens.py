@@ -48,6 +48,7 @@ def open_tokens(items: Items, config: Config, folder: Path, progress: Progress) 
         halves = {name: (values.half(), offsets) for name, (values, offsets) in streams.items()}
         TokenStore.write(path, halves, item_ids=items.ids, about={"encoder": vars(config.encoder)})
     store = TokenStore.open(path)
+    store.verify()  # a run of hours on damaged tokens would look like any other
     if store.item_ids != items.ids:
         raise ConfigError(f"tokens: {path} holds the tokens of another catalogue: its item ids differ from those of the data")
     return store

@@ -15,6 +15,7 @@ for package in ("pyarrow", "PIL", "sklearn", "matplotlib", "omegaconf", "safeten
     pytest.importorskip(package, reason=f"{package} is not installed")
 
 from em3.data.table import DataError
+from em3.data.token_store import TokenStoreError
 from em3.train import checkpoint, loop
 from em3.train.config import ConfigError, load
 from em3.train.cost import measure_costs
@@ -136,7 +137,7 @@ def test_an_unknown_item(tmp_path: Path) -> None:
         Run(configured(tmp_path / "cat"), tmp_path / "run", silent)
 
 
-def test_tokens_of_another_catalogue_and_of_nobody(executed: tuple[Run, Path], catalogue: Path, tmp_path: Path) -> None:
+def test_tokens_of_another_catalogue_of_nobody_and_damaged(executed: tuple[Run, Path], catalogue: Path, tmp_path: Path) -> None:
     _, folder = executed
     write_catalogue(tmp_path / "cat")
     items = tmp_path / "cat" / "items.csv"
@@ -145,6 +146,11 @@ def test_tokens_of_another_catalogue_and_of_nobody(executed: tuple[Run, Path], c
         Run(configured(tmp_path / "cat", f"tokens={folder / 'tokens.safetensors'}"), tmp_path / "run", silent).execute([])
     with pytest.raises(ConfigError, match="none does not exist, must be a token store"):
         Run(configured(catalogue, f"tokens={tmp_path / 'none'}"), tmp_path / "run2", silent).execute([])
+    damaged = bytearray((folder / "tokens.safetensors").read_bytes())
+    damaged[-1] ^= 1  # in the last item's name
+    (tmp_path / "damaged").write_bytes(damaged)
+    with pytest.raises(TokenStoreError, match=r"damaged: damaged: item_ids\.values; write the store again"):
+        Run(configured(catalogue, f"tokens={tmp_path / 'damaged'}"), tmp_path / "run6", silent).execute([])
     with pytest.raises(ConfigError, match=r"encoder\.image, encoder\.text: were both none"):
         Run(configured(catalogue, "encoder.image=none", "encoder.text=none"), tmp_path / "run3", silent).execute([])
     # Words without pictures: what MovieLens is without posters.
