@@ -54,18 +54,18 @@ def whole_lines(path: str | os.PathLike[str]) -> list[Any]:
 
 
 @contextlib.contextmanager
-def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
+def locked(folder: str | os.PathLike[str], *, wait: bool = False) -> Iterator[None]:
     """``folder``, made if needed, as this process's own to write. However the process ends, the kernel gives it back.
 
     Its file ``.lock`` stays: were it removed, two processes could hold two files of that name.
 
     Raises:
-        LockedError: if another process has it.
+        LockedError: if another process has it; with ``wait`` it is waited for instead.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     with open(Path(folder) / LOCK, "a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             holder = file.read() or "another one"

@@ -22,6 +22,7 @@ settings.load_profile("em3")
 @pytest.hookimpl(tryfirst=True)  # hypothesis reads its option in this hook
 def pytest_configure(config: pytest.Config) -> None:
     # Workers of pytest-xdist inherit the controller's seed through the environment.
+    os.environ["EM3_TUNING"] = "0"  # what the user has tuned must not change what is tested
     os.environ.setdefault("EM3_TEST_SEED", str(random.SystemRandom().randrange(2**31)))
     if config.option.hypothesis_seed is None:
         config.option.hypothesis_seed = os.environ["EM3_TEST_SEED"]

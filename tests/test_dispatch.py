@@ -27,8 +27,8 @@ def served(monkeypatch):
     names = []
     real = _dispatch.choose
 
-    def spy(op, request, args):
-        chosen = real(op, request, args)
+    def spy(*args):
+        chosen = real(*args)
         names.append(chosen.__name__.split(".")[-2])
         return chosen
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..ops import lora_linear
+from ..ops.lora_linear import lora_linear
 
 
 class LoRALinear(nn.Module):

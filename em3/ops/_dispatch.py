@@ -7,7 +7,8 @@ Such a module has
 
 - ``unavailable() -> None | str``: why it can never work on this machine,
 - ``supports(*args) -> None | str``: why it cannot serve this call,
-- ``wins(*args) -> bool``: whether it is the faster choice for this call (the threshold carries its measurement),
+- ``wins(*args) -> bool``: whether it is the faster choice for this call where ``em3 tune`` has not measured (the
+  threshold carries its measurement),
 - ``forward(*args)`` and ``backward(*args)``, the operation itself on checked arguments.
 """
 
@@ -24,6 +25,8 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
+from ..tuning import About, decide
+
 log = logging.getLogger("em3")
 
 BACKENDS: dict[str, tuple[str, ...]] = {
@@ -32,6 +35,9 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "lora_target_attention": ("cpp", "torch"),
     "contrastive_loss": ("cpp", "torch"),
 }
+# To be raised with every change after which another backend, strategy or tile may be the fastest: what was tuned before
+# is then ignored. Not a hash of the sources: a comment's change would cost every user their measurements.
+VERSIONS: dict[str, int] = {"qformer_attention": 1, "lora_linear": 1, "lora_target_attention": 1, "contrastive_loss": 1}
 NAMES = ("auto", *dict.fromkeys(name for names in BACKENDS.values() for name in names))
 
 _PACKAGES = {"cpp": "em3.backends.cpp", "torch": "em3.backends.torch"}
@@ -97,8 +103,8 @@ def requested(backend: str | None) -> str:
     return _default if _used.backend is None else _used.backend
 
 
-def choose(op: str, request: str, args: tuple[Any, ...]) -> ModuleType:
-    """The backend's module for this call.
+def choose(op: str, request: str, args: tuple[Any, ...], about: About) -> ModuleType:
+    """The backend's module for this call; ``about`` is what ``tuning.decide`` goes by.
 
     Raises:
         BackendError: if a backend was asked for by name and cannot serve the call.
@@ -116,10 +122,19 @@ def choose(op: str, request: str, args: tuple[Any, ...]) -> ModuleType:
         candidate = module(op, name)
         reason = candidate.unavailable() or candidate.supports(*args)
         if reason is None and candidate.wins(*args):
-            _say_once(op, name, "; ".join(passed_over))
-            return candidate
+            return _tuned(op, name, args, about) or _said(op, name, "; ".join(passed_over))
         passed_over.append(f"{name}: {reason or 'slower for this shape'}")
     raise BackendError(f"no backend can serve this call of {op}: {'; '.join(passed_over)}")
+
+
+def _tuned(op: str, model: str, args: tuple[Any, ...], about: About) -> ModuleType | None:
+    """Another backend than the first that claims to win, if it was measured to be faster and can serve the call."""
+    if len(BACKENDS[op]) == 1:
+        return None
+    name = decide(f"{op}.backend", *about, model)
+    if name == model or (module(op, name).unavailable() or module(op, name).supports(*args)) is not None:
+        return None
+    return _said(op, name, f"{model}: slower for this shape as `em3 tune` measured")
 
 
 def serves_projection(op: str, request: str) -> None:
@@ -128,6 +143,11 @@ def serves_projection(op: str, request: str) -> None:
         raise BackendError(
             f"backend {request!r} of {op} serves strategy='absorb' only; use strategy='auto', or backend='torch'"
         )
+
+
+def _said(op: str, name: str, passed_over: str) -> ModuleType:
+    _say_once(op, name, passed_over)
+    return module(op, name)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..tuning import About
 from . import _checks, _dispatch
 
 DUPLICATES = ("mask", "positive", "keep")
@@ -222,15 +223,20 @@ torch.library.define(
 def _forward(x, y, scale, item_ids, offset, rows, cols, backend):
     args = (x, y, scale, item_ids, offset, rows, cols)
     with _checks.no_autocast(x.device):
-        return _dispatch.choose("contrastive_loss", backend, args).forward(*args)
+        return _dispatch.choose("contrastive_loss", backend, args, _about(x, y, item_ids)).forward(*args)
 
 
 @torch.library.impl("em3::contrastive_loss_backward", "default")
 def _backward(drow, dcol, x, y, scale, item_ids, offset, row, col, need, backend):
     args = (x, y, scale, item_ids, offset, row.shape[0] > 0, col.shape[0] > 0)
-    chosen = _dispatch.choose("contrastive_loss", backend, args)
+    chosen = _dispatch.choose("contrastive_loss", backend, args, _about(x, y, item_ids))
     with _checks.no_autocast(x.device):
         return chosen.backward(drow, dcol, x, y, scale, item_ids, offset, row, col, need)
+
+
+def _about(x: Tensor, y: Tensor, item_ids: Tensor | None) -> About:
+    """What the choice of a backend depends on."""
+    return x, "plain" if item_ids is None else "ids", (x.shape[0], *y.shape)
 
 
 @torch.library.register_fake("em3::contrastive_loss")

@@ -136,7 +136,7 @@ def _forward(x, weight, bias, lora_a, lora_b, scaling, scalings, adapter, offset
     _check_content(x.shape[0], lora_a, adapter, offsets)
     args = (x, weight, bias, lora_a, lora_b, scaling, scalings, adapter, offsets)
     with _checks.no_autocast(x.device):
-        return _dispatch.choose("lora_linear", backend, args).forward(*args)
+        return _dispatch.choose("lora_linear", backend, args, (x, "", (*x.shape, weight.shape[0]))).forward(*args)
 
 
 @torch.library.impl("em3::lora_linear_backward", "default")
@@ -144,7 +144,7 @@ def _backward(dy, x, weight, lora_a, lora_b, scaling, scalings, adapter, offsets
     _check_content(dy.shape[0], lora_a, adapter, offsets)
     args = (dy, x, weight, lora_a, lora_b, scaling, scalings, adapter, offsets)
     # dy stands in for x, which may be absent: it has x's rows, dtype and device.
-    chosen = _dispatch.choose("lora_linear", backend, (dy, weight, None, *args[3:]))
+    chosen = _dispatch.choose("lora_linear", backend, (dy, weight, None, *args[3:]), (dy, "", (len(dy), *weight.shape)))
     with _checks.no_autocast(dy.device):
         return chosen.backward(*args, need)
 

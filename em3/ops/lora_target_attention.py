@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..jagged import split_jagged
+from ..tuning import decide, gradients
 from . import _checks, _dispatch, _projected
 from .lora_linear import lora_linear
 
@@ -28,7 +29,8 @@ def lora_target_attention(target: Tensor, history: Any, bank: Tensor, w_q: Tenso
 
     ``strategy="absorb"`` folds the adapted key projection into the target's query, reads each history row once and
     projects what was read: no row of the history is ever projected. ``"project"`` is the formula as written, and the
-    cheaper one when many targets (``H * M`` beyond the width) read one history. ``"auto"`` asks the cost model.
+    cheaper one when many targets (``H * M`` beyond the width) read one history. ``"auto"`` takes the one that
+    ``em3 tune`` measured for such shapes as the faster, else asks the cost model.
 
     A user without history gets zeros and zero gradient.
 
@@ -72,6 +74,10 @@ def lora_target_attention(target: Tensor, history: Any, bank: Tensor, w_q: Tenso
     q = F.linear(targets, w_q).view(batch, m, num_heads, d // num_heads) * (d // num_heads) ** -0.5
     if strategy == "auto":
         strategy = cheaper(ids.numel(), batch, bank, m, num_heads, d) if request in ("auto", "torch") else "absorb"
+        if request == "auto":
+            kind = f"{gradients([bank])} {'padded' if offsets is None else 'jagged'}"
+            dims = (ids.numel(), batch, *bank.shape, m, num_heads, d)
+            strategy = decide("lora_target_attention.strategy", target, kind, dims, strategy)
     if strategy == "project":
         _dispatch.serves_projection("lora_target_attention", request)
         out = _projected_form(q, ids, offsets, bank, w_k, w_v, lora_k, lora_v)
@@ -130,7 +136,10 @@ def _projected_form(q: Tensor, ids: Tensor, offsets: Tensor | None, bank: Tensor
                     lora_k: Lora | None, lora_v: Lora | None) -> Tensor:  # fmt: skip
     rows, mask = torch.ops.em3.bank_rows(ids, bank.shape[0])
     flat = rows.reshape(-1)
-    whole = bank.shape[0] <= ids.numel()  # project each row of the bank once, then look the projections up
+    # Project each row of the bank once, then look the projections up?
+    fewer = "bank" if bank.shape[0] <= ids.numel() else "history"
+    dims = (ids.numel(), *bank.shape, w_k.shape[0])
+    whole = decide("lora_target_attention.rows", q, gradients([bank]), dims, fewer) == "bank"
     # Where there is no item, and in place of a row that nobody names, stand zeros: NaN would pass through a weight of 0
     # into the output, and through a gradient of 0 into that of the weights.
     if whole:
@@ -212,15 +221,22 @@ def _forward(u, w, history, offsets, bank, backend):
     _check_content(history, offsets, bank)
     args = (u, w, history, offsets, bank)
     with _checks.no_autocast(u.device):
-        return _dispatch.choose("lora_target_attention", backend, args).forward(*args)
+        return _dispatch.choose("lora_target_attention", backend, args, _about(*args)).forward(*args)
 
 
 @torch.library.impl("em3::lora_target_attention_backward", "default")
 def _backward(dout, u, w, history, offsets, bank, y, o, lse, need_u, need_w, need_bank, backend):
     _check_content(history, offsets, bank)
-    chosen = _dispatch.choose("lora_target_attention", backend, (u, w, history, offsets, bank))
+    args = (u, w, history, offsets, bank)
+    chosen = _dispatch.choose("lora_target_attention", backend, args, _about(*args))
     with _checks.no_autocast(u.device):
         return chosen.backward(dout, u, w, history, offsets, bank, y, o, lse, need_u, need_w, need_bank)
+
+
+def _about(u, w, history, offsets, bank):
+    """What the choice of a backend depends on. Not on gradients: an operator's forward does not know who wants them."""
+    h, batch, m, _ = u.shape
+    return u, "padded" if offsets is None else "jagged", (history.numel(), batch, *bank.shape, m, h, w.shape[1])
 
 
 def _check_content(history, offsets, bank):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..jagged import Stream, num_items, parse_stream
+from ..tuning import decide, gradients
 from . import _checks, _dispatch, _projected
 
 STRATEGIES = ("auto", "absorb", "project")
@@ -29,7 +30,8 @@ def qformer_attention(query: Tensor, streams: Any, w_q: Tensor, w_k: Sequence[Te
 
     ``strategy="absorb"`` never forms keys and values: it folds ``w_k`` into the queries, attends over the raw tokens
     and applies ``w_v`` to what was read, at about ``H * Q / D`` of the cost for long sequences. ``"project"`` is the
-    formula as written. ``"auto"`` asks the cost model for the cheaper one.
+    formula as written. ``"auto"`` takes the one that ``em3 tune`` measured for such shapes as the
+    faster, else asks the cost model.
 
     An item without a token in any stream gets zero attention, so its output is ``b_o``, and zero gradient.
 
@@ -80,6 +82,10 @@ def qformer_attention(query: Tensor, streams: Any, w_q: Tensor, w_k: Sequence[Te
     q = q * ((d // num_heads) ** -0.5 if scale is None else scale)
     if strategy == "auto":
         strategy = cheaper(parsed, query.shape[-2], num_heads, d) if request in ("auto", "torch") else "absorb"
+        if request == "auto":
+            kind = f"{gradients([s.values for s in parsed])} {_form(parsed[0].offsets)}"
+            dims = (batch, query.shape[-2], num_heads, d, *_sizes([s.values for s in parsed], [s.offsets for s in parsed]))
+            strategy = decide("qformer_attention.strategy", query, kind, dims, strategy)
     if strategy == "project":
         _dispatch.serves_projection("qformer_attention", request)
         projected = []
@@ -106,12 +112,23 @@ def cheaper(streams: Sequence[Stream], q: int, h: int, d: int) -> str:
     """
     absorb = project = 0.0
     for stream in streams:
-        c = stream.values.shape[-1]
         batch = num_items(stream)
-        tokens = stream.values.shape[0] * (stream.values.shape[1] if stream.offsets is None else 1)
+        tokens, c = _sizes([stream.values], [stream.offsets])
         absorb += 4 * tokens * h * q * c + 4.5 * batch * q * c * d
         project += 4 * tokens * c * d + 7 * tokens * q * d
     return "absorb" if absorb <= project else "project"
+
+
+def _form(offsets: Tensor | None) -> str:
+    return "padded" if offsets is None else "jagged"
+
+
+def _sizes(values: Sequence[Tensor], offsets: Sequence[Tensor | None]) -> list[int]:
+    """Tokens and width of each stream."""
+    sizes: list[int] = []
+    for x, bounds in zip(values, offsets, strict=True):
+        sizes += (x.shape[0] * x.shape[1] if bounds is None else x.shape[0], x.shape[-1])
+    return sizes
 
 
 def _absorbed(q: Tensor, streams: Sequence[Stream], w_k: Sequence[Tensor], w_v: Sequence[Tensor],
@@ -216,17 +233,25 @@ def _forward(u, c, w, values, offsets, masks, batch, backend):
     _check_content(values, offsets)
     args = (u, c, w, values, offsets, masks, batch)
     with _checks.no_autocast(values[0].device):
-        return _dispatch.choose("qformer_attention", backend, args).forward(*args)
+        return _dispatch.choose("qformer_attention", backend, args, _about(*args)).forward(*args)
 
 
 @torch.library.impl("em3::qformer_attention_backward", "default")
 def _backward(dout, dmass, u, c, w, values, offsets, masks, y, o, mass, lse, need_u, need_w, need_values, backend):
     _check_content(values, offsets)
-    chosen = _dispatch.choose("qformer_attention", backend, (u, c, w, values, offsets, masks, lse.shape[1]))
+    args = (u, c, w, values, offsets, masks, lse.shape[1])
+    chosen = _dispatch.choose("qformer_attention", backend, args, _about(*args))
     with _checks.no_autocast(lse.device):
         return chosen.backward(
             dout, dmass, u, c, w, values, offsets, masks, y, o, mass, lse, need_u, need_w, need_values
         )
+
+
+def _about(u, c, w, values, offsets, masks, batch):
+    """What the choice of a backend depends on. Not on gradients: an operator's forward does not know who wants them."""
+    h, of_items, q, _ = u[0].shape
+    kind = f"{_form(offsets[0])} {'shared' if of_items == 1 else 'own'}"
+    return u[0], kind, (batch, q, h, w[0].shape[1], *_sizes(values, offsets))
 
 
 def _check_content(values, offsets):

@@ -9,9 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...tuning import decide
+
 # Elements of one temporary. A chunk's token rows, its scores and its upcast copy each stay under this, so the
 # backend's memory does not grow with the batch. qformer_attention forward and backward at B=256, N=256, C=512, H*Q=64,
 # float32, 2 threads with 1 MiB of L2 each: 258 ms at 1/4 Mi elements, 226 at 1 Mi, 246 at 4 Mi, 279 at 16 Mi.
+# `em3 tune` may have found a quarter or four times as many to be faster on the user's machine.
 BUDGET = 1 << 20
 
 
@@ -88,7 +91,7 @@ class Chunk(NamedTuple):
 
 
 def chunks(streams: list[Rows], num_items: int, row_cost: int) -> Iterator[Chunk]:
-    """Chunks of items such that (padded tokens) * ``row_cost`` stays within ``BUDGET``, at least one item each.
+    """Chunks of items such that (padded tokens) * ``row_cost`` stays within the budget, at least one item each.
 
     A chunk's ``x`` is valid until the next chunk is asked for.
 
@@ -99,9 +102,10 @@ def chunks(streams: list[Rows], num_items: int, row_cost: int) -> Iterator[Chunk
     """
     scratch = [Scratch(m) for m, _ in enumerate(streams)]
     streams = [s.safe() for s in streams]
+    budget = _budget(streams, num_items, row_cost)
     if all(s.offsets is None for s in streams):
         tokens = sum((s.values if s.lookup is None else s.lookup).shape[1] for s in streams)
-        step = max(1, BUDGET // max(1, tokens * row_cost))
+        step = max(1, budget // max(1, tokens * row_cost))
         for start in range(0, num_items, step):
             stop = min(num_items, start + step)
             some = slice(start, stop)
@@ -109,17 +113,26 @@ def chunks(streams: list[Rows], num_items: int, row_cost: int) -> Iterator[Chunk
         return
     lengths = torch.stack([_lengths(s, num_items) for s in streams])  # [M, B]
     order = lengths.sum(0).sort(stable=True)  # items of like length together: little padding
-    for group in _groups(order.values.tolist(), row_cost):
+    for group in _groups(order.values.tolist(), row_cost, budget):
         items = order.indices[group]
         longest = lengths[:, items].amax(1).tolist()
         pieces = [_gathered(s, items, n, w) for s, n, w in zip(streams, longest, scratch, strict=True)]
         yield Chunk(items, len(items), pieces)
 
 
-def _groups(sorted_lengths: list[int], row_cost: int) -> Iterator[slice]:
+def _budget(streams: list[Rows], num_items: int, row_cost: int) -> int:
+    first = streams[0]
+    op = "qformer_attention" if first.lookup is None else "lora_target_attention"
+    places = first.values[..., 0] if first.lookup is None else first.lookup  # [B, N] or [T]
+    dims = (num_items, row_cost, len(streams), places.numel(), first.values.shape[-1])
+    kind = "padded" if first.offsets is None else "jagged"
+    return int(decide(f"{op}.chunk", first.values, kind, dims, str(BUDGET)))
+
+
+def _groups(sorted_lengths: list[int], row_cost: int, budget: int) -> Iterator[slice]:
     start = 0
     for end in range(1, len(sorted_lengths) + 1):
-        full = end == len(sorted_lengths) or (end + 1 - start) * sorted_lengths[end] * row_cost > BUDGET
+        full = end == len(sorted_lengths) or (end + 1 - start) * sorted_lengths[end] * row_cost > budget
         if full:
             yield slice(start, end)
             start = end

@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...tuning import decide
+
 TILE = (1024, 1024)
 
 # Limits of the single shift, as exponents of e; float32 holds e^-87 to e^88. The logits' upper bound is shifted to TOP
@@ -49,6 +51,7 @@ class Sheet(NamedTuple):
     ids: Tensor | None  # [B], ascending
     offset: Tensor | None  # [M]
     order: Tensor | None  # [B], where each row came from
+    tile: tuple[int, int]
 
 
 def forward(x: Tensor, y: Tensor, scale: Tensor, item_ids: Tensor | None, offset: Tensor | None, rows: bool,
@@ -94,11 +97,15 @@ def backward(drow: Tensor | None, dcol: Tensor | None, x: Tensor, y: Tensor, sca
 
 def _arrange(x: Tensor, y: Tensor, scale: Tensor, item_ids: Tensor | None, offset: Tensor | None) -> Sheet:
     """Equal ids side by side, so that only tiles near the diagonal hold duplicates and have to compare ids."""
+    dims = (x.shape[0], *y.shape)
+    kind = "plain" if item_ids is None else "ids"
+    height, width = decide("contrastive_loss.tile", x, kind, dims, "x".join(map(str, TILE))).split("x")
+    tile = (int(height), int(width))
     if item_ids is None:
-        return Sheet(x * scale, y.contiguous(), None, offset, None)
+        return Sheet(x * scale, y.contiguous(), None, offset, None, tile)
     ids, order = item_ids.sort(stable=True)
     whole = torch.cat([order, torch.arange(x.shape[0], y.shape[0], device=x.device)])  # [M]
-    return Sheet(x[order] * scale, y[whole], ids, None if offset is None else offset[whole], order)
+    return Sheet(x[order] * scale, y[whole], ids, None if offset is None else offset[whole], order, tile)
 
 
 def _restore(sheet: Sheet, sorted_rows: Tensor) -> Tensor:
@@ -136,9 +143,10 @@ def _blocks(start: int, stop: int, step: int) -> list[slice]:
 def _tiles(sheet: Sheet) -> Iterator[tuple[slice, slice, Tensor]]:
     """``S`` tile by tile, in a buffer that the next tile overwrites. No tile spans in-batch and extra candidates."""
     b, m = sheet.x.shape[0], sheet.y.shape[0]
-    buffer = sheet.x.new_empty(min(TILE[0], b) * min(TILE[1], m))
-    for r in _blocks(0, b, TILE[0]):
-        for c in _blocks(0, b, TILE[1]) + _blocks(b, m, TILE[1]):
+    height, width = sheet.tile
+    buffer = sheet.x.new_empty(min(height, b) * min(width, m))
+    for r in _blocks(0, b, height):
+        for c in _blocks(0, b, width) + _blocks(b, m, width):
             yield r, c, torch.mm(sheet.x[r], sheet.y[c].t(), out=_part(buffer, r, c))
 
 
@@ -200,7 +208,7 @@ def _shifted_softmaxes(sheet: Sheet, shift: float, drow: Tensor | None, dcol: Te
     b = sheet.x.new_zeros(m)  # the columns of extra negatives have no softmax
     if dcol is not None:
         b[:batch] = dcol * (shift + top - col).exp_()
-    buffer = sheet.x.new_empty(min(TILE[0], batch) * min(TILE[1], m))
+    buffer = sheet.x.new_empty(min(sheet.tile[0], batch) * min(sheet.tile[1], m))
     for r, c, e in _exponentials(sheet, shift):
         factor = _part(buffer, r, c)
         if weights is None:

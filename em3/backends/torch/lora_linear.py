@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...tuning import decide
+
 # Elements of a temporary, 4 MiB in float32: memory beyond the results does not grow with the rows. 1, 2, 4 and 8 MiB
 # took 5.9, 4.3, 4.2 and 4.3 ms in `Mixed.collect` (T=8192, C=512, G=64, R=8), 4.0, 3.7, 3.5 and 3.3 ms in `shrink`.
 CHUNK = 1 << 20
@@ -100,7 +102,10 @@ def _merges(x: Tensor, weight: Tensor, a: Tensor) -> bool:
 
     Never in the half types, where the sum would round small updates away.
     """
-    return a.dim() == 2 and x.dtype == a.dtype and x.shape[0] >= MERGE_ROWS
+    if a.dim() != 2 or x.dtype != a.dtype:
+        return False
+    model = "merged" if x.shape[0] >= MERGE_ROWS else "separate"
+    return decide("lora_linear.form", x, "", (x.shape[0], *weight.shape, a.shape[0]), model) == "merged"
 
 
 def _spans(count: int, width: int) -> Iterator[slice]:
@@ -193,7 +198,8 @@ class Mixed:
     def shrink(self, x: Tensor, a: Tensor) -> Tensor:
         g, r, c = a.shape
         t = x.shape[0]
-        if r >= 32 and t >= 32 * g:  # the table above
+        model = "tiles" if r >= 32 and t >= 32 * g else "bags"  # the table above
+        if decide("lora_linear.shrink", x, "", (t, c, g, r), model) == "tiles":
             return self._shrink_tiles(x, a)
         low = a.new_empty(t, r)  # of a row without adapter: some adapter's; expand_ and collect leave it out
         for span in _spans(t, c):
