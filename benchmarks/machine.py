@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import datetime
-import platform
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import em3
+from em3.tuning.table import processor
 
 from .measure import ceilings, name_of
 
@@ -29,11 +28,3 @@ def head(device: str, dtypes: tuple[torch.dtype, ...]) -> dict[str, Any]:
         "ceilings": ceilings(device, dtypes),
         "environment": str(env),
     }
-
-
-def processor() -> str:
-    """The processor's name and how many of its threads are here."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} threads" if names else platform.processor() or platform.machine()

@@ -50,7 +50,7 @@ def measured(shape: Shape, device: str, dtype: torch.dtype, effort: Effort) -> l
         if row["status"] != "measured":
             continue
         start = time.perf_counter()
-        row |= _same_function(form, inputs, grad, want, _limit(dtype, rows["plain"]), calls)
+        row |= same_function(form, inputs, grad, want, _limit(dtype, rows["plain"]), calls)
         if not form.compiled:
             slowest = max(slowest, time.perf_counter() - start)
     rounds = 3 if slowest > SLOW else effort.rounds
@@ -90,7 +90,7 @@ def _limit(dtype: torch.dtype, plain: dict[str, Any]) -> float:
     return max(usual, 2 * plain["error"]) if "error" in plain else 10 * usual
 
 
-def _same_function(form: Form, inputs: Inputs, grad: Tensor | None, want: dict[str, Tensor], limit: float,
+def same_function(form: Form, inputs: Inputs, grad: Tensor | None, want: dict[str, Tensor], limit: float,
                    calls: dict[str, Call]) -> dict[str, Any]:  # fmt: skip
     """The form's error against float64; if it passes, it joins ``calls``."""
     try:

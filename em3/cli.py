@@ -22,6 +22,7 @@ COMMANDS = {  # name: (module, one line for `em3 --help`)
     "evaluate": ("em3.commands.evaluate", "metrics of a run's trained models"),
     "embed": ("em3.commands.embed", "content embeddings of new items to Parquet or npy"),
     "bench": ("em3.commands.bench", "what em3 gains on this machine, against what you would have instead"),
+    "tune": ("em3.commands.tune", "measures what the automatic choice should take on this machine, and keeps it"),
     "env": ("em3.env", "what is installed, compiled and usable here, and why the rest is not"),
 }
 

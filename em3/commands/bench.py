@@ -40,13 +40,13 @@ def run(args: argparse.Namespace) -> int:
         for name in suites:
             if name not in known:
                 raise SystemExit(f"em3: no operation {name!r} (there is {', '.join(known)})")
-        devices = _devices(args.device)
+        places = devices(args.device)
         if args.threads:
             torch.set_num_threads(args.threads)
         table = args.shapes or shapes.TABLE
         with Progress() as progress:
-            for device in devices:
-                folder = args.out if len(devices) == 1 else args.out / device
+            for device in places:
+                folder = args.out if len(places) == 1 else args.out / device
                 if against:
                     print(_compare(args, suites, table, device, folder, progress).read_text())
                     continue
@@ -56,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _devices(asked: str | None) -> list[str]:
+def devices(asked: str | None) -> list[str]:
+    """The devices that are meant: the one that was asked for, else all kinds that are here."""
     import torch
 
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
