@@ -37,6 +37,7 @@ def env_report() -> EnvReport:
         triton_kernels=_triton_kernels(),
         extras=_extras(),
         operations=_operations(),
+        tuning=_tuning(),
     )
 
 
@@ -173,6 +174,26 @@ def _operations() -> list[dict[str, str | None]]:
     return [{"op": op, "backend": backend, "reason": reason} for op, backend, reason in _dispatch.report()]
 
 
+def _tuning() -> list[dict[str, Any]]:
+    """For each device its tuning file, how many entries of it are in use, and why not more."""
+    import torch
+
+    from .tuning import table
+
+    found: list[dict[str, Any]] = []
+    for name in ("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))):
+        device = torch.device(name)
+        file, entries, reason = table.path(device), 0, table.reason_off()
+        try:
+            known, old = table.read(file, device)
+            entries = 0 if reason else len(known)
+            reason = reason or (f"{old} more are of another version of em3's kernels" if old else None)
+        except table.TableError as error:
+            reason = f"ignored: it {error}"
+        found.append({"device": name, "file": str(file), "exists": file.exists(), "entries": entries, "reason": reason})
+    return found
+
+
 def _costs(report: EnvReport) -> list[str]:
     """What a missing em3._C costs, op by op, and the way out."""
     cpp = report["compiled"]["cpp"]
@@ -251,6 +272,11 @@ def _text(report: EnvReport) -> str:
         name = "" if entry["op"] == before else entry["op"]
         before = entry["op"]
         row(name, f"{entry['backend']:<8}{entry['reason'] or 'usable'}", width=24)
+
+    title("tuning: what `em3 tune` measured goes before the cost models")
+    for entry in report["tuning"]:
+        state = f"{entry['entries']} entries of {entry['file']} are in use" if entry["exists"] else "not tuned here"
+        row(entry["device"], state + (f" ({entry['reason']})" if entry["reason"] else ""))
     return "\n".join(lines)
 
 

@@ -139,12 +139,13 @@ def read(file: Path, device: torch.device) -> tuple[list[Entry], int]:
         raise TableError(f"is of format {found.get('format')!r}, not {FORMAT}")
     if _checksum(content) != checksum:
         raise TableError("was changed or damaged: its checksum is not that of its content")
-    if content["device"] != identity(device):
-        raise TableError(f"is of another machine ({content['device']}; this is {identity(device)})")
     try:
+        machine = content["device"]
         rows = [(_entry(row), _current(row)) for row in content["entries"]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise TableError(f"holds an entry that makes no sense ({type(error).__name__}: {error})") from None
+        raise TableError(f"holds what makes no sense ({type(error).__name__}: {error})") from None
+    if machine != identity(device):
+        raise TableError(f"is of another machine ({machine}; this is {identity(device)})")
     return [entry for entry, current in rows if current], sum(not current for _, current in rows)
 
 
@@ -177,8 +178,8 @@ def _current(row: dict[str, Any]) -> bool:
 
 def _entry(row: dict[str, Any]) -> Entry:
     dtype = getattr(torch, row["dtype"])
-    key = (row["decision"], dtype, int(row["threads"]), row["kind"], tuple(map(int, row["buckets"])))
-    return Entry(key, row["choice"], row["shape"], float(row["ratio"]))
+    key = (row["decision"], dtype, int(row["threads"]), str(row["kind"]), tuple(map(int, row["buckets"])))
+    return Entry(key, str(row["choice"]), str(row["shape"]), float(row["ratio"]))
 
 
 def _row(entry: Entry) -> dict[str, Any]:
