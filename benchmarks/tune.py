@@ -136,7 +136,7 @@ class _Bench:
             medians = {name: float(np.median(t)) for name, t in of.items()}
             self.answers.setdefault(decision, winner)  # that of training, which is asked for first
             ratio = medians.get(before, medians[model]) / medians[winner]
-            behind = medians[model] / min(medians.values()) - 1
+            behind = max(float(np.median(of[model] / t)) for t in of.values()) - 1  # compared within a round too
             right = not any(_faster(t, of[model], 0.0) for t in of.values())
             found.append(Found(decision, key[3], self.shape.label, before, winner, ratio, behind, right, wrong))
             gain = medians[model] / medians[winner]

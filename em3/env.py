@@ -266,17 +266,17 @@ def _text(report: EnvReport) -> str:
     if not report["extras"]:
         row("unknown", "em3 is imported from a source tree that is not installed")
 
+    title("tuning: what `em3 tune` measured goes before the cost models")
+    for entry in report["tuning"]:
+        state = f"{entry['entries']} entries of {entry['file']} are in use" if entry["exists"] else "not tuned here"
+        row(entry["device"], state + (f" ({entry['reason']})" if entry["reason"] else ""))
+
     title("operations: the first backend that is usable and faster for the call serves it")
     before = None
     for entry in report["operations"]:
         name = "" if entry["op"] == before else entry["op"]
         before = entry["op"]
         row(name, f"{entry['backend']:<8}{entry['reason'] or 'usable'}", width=24)
-
-    title("tuning: what `em3 tune` measured goes before the cost models")
-    for entry in report["tuning"]:
-        state = f"{entry['entries']} entries of {entry['file']} are in use" if entry["exists"] else "not tuned here"
-        row(entry["device"], state + (f" ({entry['reason']})" if entry["reason"] else ""))
     return "\n".join(lines)
 
 

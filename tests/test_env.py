@@ -216,3 +216,22 @@ def test_every_command_has_its_module(capsys):
             cli.main([name, "--help"])
         assert stop.value.code == 0
         assert f"em3 {name}" in capsys.readouterr().out
+
+
+def test_the_tuning_file_is_reported(tmp_path, monkeypatch):
+    from em3.tuning import table
+
+    monkeypatch.setenv("EM3_CACHE", str(tmp_path))
+    monkeypatch.setenv("EM3_TUNING", "1")
+    line = lambda: next(row for row in str(em3.env_report()).split("em3 tune")[1].splitlines() if row.split()[:1] == ["cpu"])  # noqa: E731
+    assert "not tuned here" in line()
+    cpu = torch.device("cpu")
+    key = ("contrastive_loss.tile", torch.float32, 1, "plain", (4, 4, 3))
+    file = table.update(cpu, {key: table.Entry(key, "512x512", "planted", 2.0)})
+    assert f"1 entries of {file} are in use" in line()
+    monkeypatch.setenv("EM3_TUNING", "0")
+    assert "0 entries" in line()
+    assert "EM3_TUNING=0" in line()
+    monkeypatch.setenv("EM3_TUNING", "1")
+    file.write_text("{")
+    assert "ignored: it cannot be read" in line()

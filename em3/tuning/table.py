@@ -109,8 +109,10 @@ def _instruction_set() -> str:
     from ..env import extension
 
     module, _ = extension()
+    if module is None or not hasattr(module, "cpu_features"):  # an older em3._C beside newer Python code
+        return "no compiled kernels"
     forced: str = cpp.isa
-    return "no compiled kernels" if module is None else forced or module.cpu_features()["default"]
+    return forced or module.cpu_features()["default"]
 
 
 @functools.cache
