@@ -201,6 +201,16 @@ def test_gradients_and_threads_have_entries_of_their_own(served, one_thread):
     assert served[-1] == "project"
 
 
+def test_tokens_stored_in_a_half_type_have_entries_of_their_own(served):
+    plant("qformer_attention.strategy")
+    served.clear()
+    args = (f(3, 16), f(4, 9, 8), f(16, 16), [f(16, 8)], [f(16, 8)], f(16, 16))
+    em3.ops.qformer_attention(args[0], args[1].bfloat16(), *args[2:], num_heads=2)
+    em3.ops.qformer_attention(*args, num_heads=2)
+    assert served[0] != "project"
+    assert served[1:] == ["project"]
+
+
 def test_a_backend_that_cannot_serve_is_passed_over(served):
     needs_cpp()
     half = [t.bfloat16() for t in (f(24, 8), f(24, 8))]

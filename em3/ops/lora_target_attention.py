@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..jagged import split_jagged
-from ..tuning import decide, gradients
+from ..tuning import decide, gradients, layout
 from . import _checks, _dispatch, _projected
 from .lora_linear import lora_linear
 
@@ -75,7 +75,7 @@ def lora_target_attention(target: Tensor, history: Any, bank: Tensor, w_q: Tenso
     if strategy == "auto":
         strategy = cheaper(ids.numel(), batch, bank, m, num_heads, d) if request in ("auto", "torch") else "absorb"
         if request == "auto":
-            kind = f"{gradients([bank])} {'padded' if offsets is None else 'jagged'}"
+            kind = f"{gradients([bank])} {layout(bank, offsets, target)}"
             dims = (ids.numel(), batch, *bank.shape, m, num_heads, d)
             strategy = decide("lora_target_attention.strategy", target, kind, dims, strategy)
     if strategy == "project":
@@ -236,7 +236,7 @@ def _backward(dout, u, w, history, offsets, bank, y, o, lse, need_u, need_w, nee
 def _about(u, w, history, offsets, bank):
     """What the choice of a backend depends on. Not on gradients: an operator's forward does not know who wants them."""
     h, batch, m, _ = u.shape
-    return u, "padded" if offsets is None else "jagged", (history.numel(), batch, *bank.shape, m, h, w.shape[1])
+    return u, layout(bank, offsets, u), (history.numel(), batch, *bank.shape, m, h, w.shape[1])
 
 
 def _check_content(history, offsets, bank):

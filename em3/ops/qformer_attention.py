@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..jagged import Stream, num_items, parse_stream
-from ..tuning import decide, gradients
+from ..tuning import decide, gradients, layout
 from . import _checks, _dispatch, _projected
 
 STRATEGIES = ("auto", "absorb", "project")
@@ -83,7 +83,7 @@ def qformer_attention(query: Tensor, streams: Any, w_q: Tensor, w_k: Sequence[Te
     if strategy == "auto":
         strategy = cheaper(parsed, query.shape[-2], num_heads, d) if request in ("auto", "torch") else "absorb"
         if request == "auto":
-            kind = f"{gradients([s.values for s in parsed])} {_form(parsed[0].offsets)}"
+            kind = f"{gradients([s.values for s in parsed])} {layout(*parsed[0][:2], query)}"
             dims = (batch, query.shape[-2], num_heads, d, *_sizes([s.values for s in parsed], [s.offsets for s in parsed]))
             strategy = decide("qformer_attention.strategy", query, kind, dims, strategy)
     if strategy == "project":
@@ -117,10 +117,6 @@ def cheaper(streams: Sequence[Stream], q: int, h: int, d: int) -> str:
         absorb += 4 * tokens * h * q * c + 4.5 * batch * q * c * d
         project += 4 * tokens * c * d + 7 * tokens * q * d
     return "absorb" if absorb <= project else "project"
-
-
-def _form(offsets: Tensor | None) -> str:
-    return "padded" if offsets is None else "jagged"
 
 
 def _sizes(values: Sequence[Tensor], offsets: Sequence[Tensor | None]) -> list[int]:
@@ -250,7 +246,7 @@ def _backward(dout, dmass, u, c, w, values, offsets, masks, y, o, mass, lse, nee
 def _about(u, c, w, values, offsets, masks, batch):
     """What the choice of a backend depends on. Not on gradients: an operator's forward does not know who wants them."""
     h, of_items, q, _ = u[0].shape
-    kind = f"{_form(offsets[0])} {'shared' if of_items == 1 else 'own'}"
+    kind = f"{layout(values[0], offsets[0], u[0])} {'shared' if of_items == 1 else 'own'}"
     return u[0], kind, (batch, q, h, w[0].shape[1], *_sizes(values, offsets))
 
 

@@ -87,6 +87,12 @@ def gradients(tokens: Sequence[Tensor]) -> str:
     return "trained" if any(x.requires_grad for x in tokens) else "frozen"
 
 
+def layout(tokens: Tensor, offsets: Tensor | None, like: Tensor) -> str:
+    """The kind of a call by how its tokens come: padded or jagged, and the dtype they are stored in if it is not ``like``'s."""
+    form = "padded" if offsets is None else "jagged"
+    return form if tokens.dtype == like.dtype else f"{form} {tokens.dtype}"
+
+
 def bucket(n: int) -> int:
     """``log2 n`` rounded to the nearest whole number; 0 for 0."""
     return (n * n).bit_length() >> 1
