@@ -108,13 +108,16 @@ def cheaper(streams: Sequence[Stream], q: int, h: int, d: int) -> str:
 
     The factors of the first line were set on 64 shapes (N from 50 to 1,024, C and D from 256 to 1,024, Q from 8 to 64,
     tokens with and without gradient; float32, 2 threads): the long products run faster than counted, the small ones
-    slower. The form they pick is never more than 1.1 times the other's time with the compiled kernel, 1.2 without.
+    slower. The form they pick was never more than 1.1 times the other's time with the compiled kernel, 1.2 without.
+    Where an item's rows ``[H Q, C]`` outgrow the cache their products slow down. Time of absorbing over projecting, one
+    thread, AVX2, tokens frozen, and (by this model): C=D=1024, H*Q = 1024: 1.38 (1.42), 768: 1.18 (1.09); C=1024, D=768,
+    H*Q = 576: 1.27 (1.23); C=D=512, H*Q = 448: 1.02 (1.07), 384: 0.96 (0.94).
     """
     absorb = project = 0.0
     for stream in streams:
         batch = num_items(stream)
         tokens, c = _sizes([stream.values], [stream.offsets])
-        absorb += 4 * tokens * h * q * c + 4.5 * batch * q * c * d
+        absorb += (4.7 if h * q * c <= 1 << 19 else 6) * tokens * h * q * c + 4.5 * batch * q * c * d
         project += 4 * tokens * c * d + 7 * tokens * q * d
     return "absorb" if absorb <= project else "project"
 
