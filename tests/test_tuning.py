@@ -355,5 +355,5 @@ def test_a_lookup_takes_no_time_worth_mentioning():
     ask = lambda: tuning.decide("qformer_attention.strategy", x, "frozen padded", (32, 8, 8, 512, 8192, 512), "absorb")  # noqa: E731
     ask()
     assert tuning._tables[CPU]
-    # 1.3 us on a quiet core; the least of many, for this machine may be busy.
+    # 1.5 to 2.1 us; the least of many, for this machine may be busy.
     assert min(timeit.repeat(ask, number=500, repeat=40)) / 500 < 4e-6

@@ -74,7 +74,7 @@ def decide(decision: str, like: Tensor, kind: str, dims: Sequence[int], model: s
         table = _loaded(device)
     if not table:
         return model
-    # In line, for a call asks three times: 1.1 us here, 3 with a function call for each dimension.
+    # In line, for a call asks three times and a function call for each dimension would cost as much as the rest.
     buckets = tuple([(n * n).bit_length() >> 1 for n in dims])
     threads = torch.get_num_threads() if like.is_cpu else 0  # as threads_of, which takes 0.5 us
     return table.get((decision, like.dtype, threads, kind, buckets)) or model
