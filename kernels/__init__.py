@@ -1,7 +1,8 @@
 """Triton kernels and their launchers: one file an op, named as in em3/ops, with its tuning table (JSON) beside it.
 
-The folder lies at the top of the source tree and is installed as `em3.kernels`. Nothing here imports Triton at
-import time, so that `import em3` stays quick and works where Triton is missing; a launcher imports it when called.
+The folder lies at the top of the source tree and is installed as `em3.kernels`. This module imports no
+Triton, so that `import em3` stays quick and works where Triton is missing; the files beside it do, and the backends in
+em3/backends/triton import those when they are called.
 """
 
 from __future__ import annotations
@@ -10,11 +11,16 @@ import importlib.util
 import os
 
 
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs the kernels, on the CPU; it is for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def why_not() -> str | None:
     """None where Triton kernels can run in this process, else the reason."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if os.environ.get("TRITON_INTERPRET") == "1":  # the interpreter needs no GPU
+    if interpreting():  # that needs no GPU
         return None
     import torch
 

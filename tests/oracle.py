@@ -10,23 +10,28 @@ import pytest
 import torch
 from torch import Tensor
 
+from em3.backends import triton
 from em3.ops import _dispatch
 
 HALF = (torch.bfloat16, torch.float16)
 
 
-def backends(op: str) -> list[Any]:
+def backends(op: str, device: str = "cpu") -> list[Any]:
     """The operation's backends as pytest parameters; one that cannot work here is skipped, saying why."""
     params = []
     for name in _dispatch.BACKENDS[op]:
         reason = _dispatch.module(op, name).unavailable()
+        if name == "triton" and reason is None:
+            reason = triton.cannot_use(torch.device(device))
+        if name == "cpp" and device != "cpu":
+            reason = "the compiled kernels are for the CPU"
         params.append(pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}")))
     return params
 
 
 def skip_unless_served(backend: str, dtype: torch.dtype) -> None:
-    if backend == "cpp" and dtype == torch.float64:
-        pytest.skip("the compiled CPU kernels compute in float32")
+    if backend in ("cpp", "triton") and dtype == torch.float64:
+        pytest.skip(f"the {backend} kernels compute in float32")
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ from ..tuning import About, decide
 log = logging.getLogger("em3")
 
 BACKENDS: dict[str, tuple[str, ...]] = {
-    "qformer_attention": ("cpp", "torch"),
+    "qformer_attention": ("cpp", "triton", "torch"),
     "lora_linear": ("torch",),
     "lora_target_attention": ("cpp", "torch"),
     "contrastive_loss": ("cpp", "torch"),
@@ -40,7 +40,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
 VERSIONS: dict[str, int] = {"qformer_attention": 1, "lora_linear": 1, "lora_target_attention": 1, "contrastive_loss": 1}
 NAMES = ("auto", *dict.fromkeys(name for names in BACKENDS.values() for name in names))
 
-_PACKAGES = {"cpp": "em3.backends.cpp", "torch": "em3.backends.torch"}
+_PACKAGES = {"cpp": "em3.backends.cpp", "triton": "em3.backends.triton", "torch": "em3.backends.torch"}
 
 
 class BackendError(RuntimeError):

@@ -1,0 +1,47 @@
+"""The ``triton`` backend: the kernels of em3.kernels, on CUDA GPUs.
+
+No GPU has timed them yet; they are proved by Triton's interpreter and by compiling them for each kind of GPU. With
+``TRITON_INTERPRET=1`` a call that asks for this backend runs on the CPU, for tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType
+
+import torch
+
+UNMEASURED = "no GPU has timed it yet"
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """None, or the reason why Triton kernels cannot run in this process."""
+    return _package().why_not() if _package() is not None else "em3.kernels is missing: this source tree is not installed"
+
+
+@functools.cache
+def cannot_use(device: torch.device) -> str | None:
+    """None, or the reason why they cannot run on this device's tensors."""
+    if device.type == "cpu" and _package().interpreting():
+        return None
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"it computes on CUDA GPUs and the tensors are on {device}" + (" of ROCm" if device.type == "cuda" else "")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"it needs a GPU of compute capability 8.0 or more, and {device} has {'.'.join(map(str, capability))}"
+    return None
+
+
+def kernel(op: str) -> ModuleType:
+    """The operation's kernels; imports Triton."""
+    return importlib.import_module(f"em3.kernels.{op}")
+
+
+@functools.cache
+def _package() -> ModuleType | None:
+    try:
+        return importlib.import_module("em3.kernels")
+    except ImportError:
+        return None

@@ -1,0 +1,107 @@
+"""Few queries read many tokens, keys and values never formed: the Triton kernels.
+
+The contract of ``forward`` and ``backward`` is that of ``em3.ops.qformer_attention``, but for what ``y`` holds: each
+stream is read under a softmax of its own, and ``y`` is what it gave. A stream's share, ``mass``, is put on what the
+value weights make of ``y``, which is ``H`` times smaller.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ..torch import qformer_attention as plain
+from . import cannot_use, kernel, unavailable
+
+__all__ = ["backward", "forward", "supports", "unavailable", "wins"]
+
+MAX_FLOAT32_ROWS = 64
+_LONGEST_STRIDE = 2**31 // 256  # within a tile of at most 128 tokens the kernels count elements in 32 bits
+
+
+def supports(u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Tensor], offsets: list[Tensor | None],
+             masks: list[Tensor | None], batch: int) -> str | None:  # fmt: skip
+    if values[0].dtype == torch.float64:
+        return "it computes in float32 and the tensors are torch.float64; convert them or use another backend"
+    if any(x.shape[-1] == 0 for x in values):
+        return "it reads tokens of width 1 and more, and a stream has width 0"
+    if any(mask is not None and o is not None for mask, o in zip(masks, offsets, strict=True)):
+        return "it takes no mask of a jagged stream; leave the tokens out instead"
+    return cannot_use(values[0].device)
+
+
+def wins(u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Tensor], offsets: list[Tensor | None],
+         masks: list[Tensor | None], batch: int) -> bool:  # fmt: skip
+    # Counted, not measured: the torch backend writes and reads scores and weights, and copies tokens of a half type to
+    # float32; this reads tokens once (docs/design.md). Many rows in true float32 are bound by arithmetic that neither
+    # saves, and there cuBLAS is the better at products without tensor cores. The interpreter is for tests.
+    h, _, q, _ = u[0].shape
+    cheap = values[0].dtype != torch.float32 or h * q <= MAX_FLOAT32_ROWS or torch.backends.cuda.matmul.allow_tf32
+    return values[0].is_cuda and cheap
+
+
+def forward(u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Tensor], offsets: list[Tensor | None],
+            masks: list[Tensor | None], batch: int) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:  # fmt: skip
+    read = [
+        kernel("qformer_attention").forward(*inputs, batch)
+        for inputs in zip(*_rows(u, c), _streams(values, offsets, masks), strict=True)
+    ]
+    y, levels = zip(*(_joined(*parts, u[0].dtype) for parts in read), strict=True)
+    lse = levels[0] if len(u) == 1 else torch.stack(levels).logsumexp(0)  # [H, B, Q]
+    mass = _share(torch.stack(levels), lse)
+    if len(u) == 1:
+        return list(y), plain.project(list(y), w), mass, lse
+    parts = (share[..., None] * plain.project([a], [b]) for share, a, b in zip(mass, y, w, strict=True))
+    return list(y), functools.reduce(torch.add, parts).to(u[0].dtype), mass, lse
+
+
+def backward(dout: Tensor, dmass: Tensor | None, u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Tensor],
+             offsets: list[Tensor | None], masks: list[Tensor | None], y: list[Tensor], o: Tensor, mass: Tensor,
+             lse: Tensor, need_u: bool, need_w: list[bool], need_values: list[bool],
+             ) -> tuple[list[Tensor], Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+    kernels = kernel("qformer_attention")
+    streams = _streams(values, offsets, masks)
+    delta = (dout.float() * o.float()).sum(-1)  # [H, B, Q]: sum_t p dp, but for what the masses add
+    if dmass is not None:
+        delta = delta + (dmass * mass).sum(0)
+    lse = lse.contiguous()
+    du, dc, dw, dx = [], [], [], []
+    for m, (rows, shift, stream) in enumerate(zip(*_rows(u, c), streams, strict=True)):
+        (dy,), _ = plain.project_backward(dout, [y[m]], [w[m]], [False])
+        inputs = (rows, shift, stream, dy.contiguous(), -delta if dmass is None else dmass[m] - delta, lse)
+        if need_u:
+            to_u, to_c = kernels.query_gradient(*inputs)
+            du.append(to_u)
+            dc.append(to_c)
+        dx.append(kernels.token_gradient(*inputs) if need_values[m] else values[m].new_empty(0))
+        scaled = dout if len(u) == 1 else (dout * mass[m][..., None]).to(dout.dtype)
+        dw += plain.project_backward(scaled, [y[m]], [w[m]], [True])[1] if need_w[m] else [w[m].new_empty(0)]
+    if not need_u:
+        du, dc = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in u], [lse.new_zeros(u[0].shape[:3])] * len(u)
+    return du, torch.stack(dc), dw, dx
+
+
+def _joined(y: Tensor, lse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What the parts of an item read, ``[P, H, B, Q, C]`` with ``[P, H, B, Q]`` -> what the item read, and its logsumexp."""
+    if y.shape[0] == 1:
+        return y[0], lse[0]
+    whole = lse.logsumexp(0)
+    return y.mul_(_share(lse, whole)[..., None]).sum(0).to(dtype), whole
+
+
+def _share(lse: Tensor, whole: Tensor) -> Tensor:
+    """The share of each softmax in one over all; 0 where there is no token."""
+    return (lse - whole.clamp(min=torch.finfo(lse.dtype).min)).exp_()
+
+
+def _rows(u: list[Tensor], c: Tensor | None) -> tuple[list[Tensor], list[Tensor | None]]:
+    return [x.contiguous() for x in u], [None] * len(u) if c is None else list(c.contiguous())
+
+
+def _streams(values: list[Tensor], offsets: list[Tensor | None], masks: list[Tensor | None]) -> list:
+    """Tokens as they lie; copied only if the elements of one are apart, or tokens too far apart for 32 bits."""
+    near = [x if x.stride(-1) == 1 and abs(x.stride(-2)) < _LONGEST_STRIDE else x.contiguous() for x in values]
+    others = ([None if t is None else t.contiguous() for t in given] for given in (offsets, masks))
+    return [kernel("qformer_attention").Stream(*given) for given in zip(near, *others, strict=True)]

@@ -1,0 +1,45 @@
+"""Triton 3.6's interpreter made good. Import it with TRITON_INTERPRET=1, before any kernel runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+Builder, Handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+_patch_lang_tensor, _create_dot = interpreter._patch_lang_tensor, Builder.create_dot
+_cast_impl = Builder.cast_impl
+
+
+def _patched_tensor(tensor: Any, scope: Any) -> None:
+    """Its scalars are arrays of one element, which numpy 2.4 no longer takes for the bounds of a loop."""
+    _patch_lang_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+def _dot(self: Any, a: Any, b: Any, *others: Any) -> Any:
+    """It multiplies the bits of bfloat16 as if they were integers."""
+    a, b = (Handle(_widened(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+    return _create_dot(self, a, b, *others)
+
+
+def _cast(self: Any, src: Any, dst_type: Any) -> Any:
+    """It cuts float32 off to bfloat16; a GPU rounds to the nearest, ties to even."""
+    if (src.dtype.scalar, dst_type.scalar) == (tl.bfloat16, tl.float32):
+        return Handle(_widened(src.data), tl.float32)
+    if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.bfloat16):
+        return _cast_impl(self, src, dst_type)
+    bits = src.data.astype(np.float32).view(np.uint32)
+    rounded = ((bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return Handle(np.where(np.isnan(src.data), np.uint16(0x7FC0), rounded), tl.bfloat16)
+
+
+def _widened(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+interpreter._patch_lang_tensor = _patched_tensor
+Builder.create_dot = _dot
+Builder.cast_impl = Builder.create_fp_ext = Builder.create_fp_trunc = _cast
