@@ -35,6 +35,7 @@ def env_report() -> EnvReport:
         compiled=_compiled(),
         gpus=_gpus(),
         triton_kernels=_triton_kernels(),
+        unmeasured_kernels=_unmeasured_kernels(),
         extras=_extras(),
         operations=_operations(),
         tuning=_tuning(),
@@ -154,6 +155,14 @@ def _triton_kernels() -> str | None:
     return reason
 
 
+def _unmeasured_kernels() -> list[str]:
+    """Triton kernels that no GPU has timed yet."""
+    try:
+        return list(importlib.import_module("em3.kernels").UNMEASURED)
+    except ImportError:
+        return []
+
+
 def _extras() -> dict[str, dict[str, str | None]]:
     """Per extra the version of each package, None where it is missing. Read from em3's own metadata: no second list."""
     extras: dict[str, dict[str, str | None]] = {}
@@ -245,6 +254,8 @@ def _text(report: EnvReport) -> str:
     if "dropped" in cuda:
         row("", cuda["dropped"])
     row("Triton kernels", report["triton_kernels"] or "can run")
+    if report["unmeasured_kernels"]:
+        row("", f"unmeasured, for no GPU has timed them yet: {', '.join(report['unmeasured_kernels'])}")
 
     title("GPUs")
     row("torch", gpus["torch"])

@@ -8,6 +8,9 @@ Two forms, chosen by CHUNK. With CHUNK == WIDTH a tile of tokens ``[TOKENS, WIDT
 products; all C columns fit in WIDTH. With CHUNK < WIDTH scores are summed over chunks of C, and a program sums only
 its slice of WIDTH columns, so any C will do; a tile comes out of the cache again, and scores are computed once a slice.
 
+C and the strides of the tokens are passed in units of UNIT = 8 columns where they have that divisor: so the compiler
+knows that it may load 16 bytes at a time, and needs no address for every element. Other tokens have a small tile.
+
 Nothing is added atomically: the same inputs give the same bits.
 """
 
@@ -24,6 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# All that a thread can have: where the assembler chooses, it may spill a few for the sake of more programs at a time.
+REGISTERS = 255
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -90,8 +95,9 @@ def _product(a, a_row, a_stride, a_in, b, b_row, b_stride, b_in, C,
 @triton.jit
 def _forward(u, c, x, offsets, mask, y, lse, batch, tokens, x_item, x_token, C, Q, R, groups, slices, parts,
              PER_ITEM: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
-             CHUNK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+             CHUNK: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """``y [parts, H, B, Q, C]`` and ``lse [parts, H, B, Q]`` of one group of rows, one item, one part, one slice."""
+    C, x_item, x_token = C * UNIT, x_item * UNIT, x_token * UNIT
     # Groups and slices of one item come one after the other, so that its tokens are in the L2 cache.
     pid = tl.program_id(0)
     group = pid % groups
@@ -151,12 +157,13 @@ def _score_gradient(s, dp, shift, dshift, lse, inside):
 def _query_gradient(u, c, x, offsets, mask, dy, dshift, lse, du, dc, batch, tokens, x_item, x_token, C, Q, R, groups,
                     slices, parts, units,
                     PER_ITEM: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
-                    CHUNK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                    CHUNK: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """``ds x`` and the sums of ``ds``, added up over ``units`` parts of items in order.
 
     Queries that all items share: ``du [programs, R, C]``, a sum a program. Queries of an item's own: ``units`` is 1, and
     ``du [parts, H, B, Q, C]``.
     """
+    C, x_item, x_token = C * UNIT, x_item * UNIT, x_token * UNIT
     pid = tl.program_id(0)
     group = pid % groups
     lane = pid // groups % slices
@@ -210,8 +217,9 @@ def _query_gradient(u, c, x, offsets, mask, dy, dshift, lse, du, dc, batch, toke
 @triton.jit
 def _token_gradient(u, c, x, offsets, mask, dy, dshift, lse, dx, batch, tokens, x_item, x_token, C, Q, R, slices, parts,
                     PER_ITEM: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
-                    CHUNK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                    CHUNK: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """``ds^T u + p^T dy`` of one part of an item's tokens, one slice. Jagged: the rows that no item has are left alone."""
+    C, x_item, x_token = C * UNIT, x_item * UNIT, x_token * UNIT
     pid = tl.program_id(0)
     lane = pid % slices
     part = pid // slices % parts
@@ -270,10 +278,24 @@ def _table() -> dict[str, Any]:
     return table
 
 
-def config(kernel: str, dtype: torch.dtype, width: int) -> Config:
-    """The table's tile for tokens of this width."""
-    rows = _table()[kernel]["float32" if dtype == torch.float32 else "half"]
+def config(kernel: str, stream: Stream) -> Config:
+    """The table's tile for these tokens."""
+    values, _, mask = stream
+    rows, width = _table()[kernel][kind(values.dtype, unit(values) > 1, mask is not None)], values.shape[-1]
     return next(Config(*tile) for up_to, *tile in rows if up_to is None or width <= up_to)
+
+
+def kind(dtype: torch.dtype, even: bool, masked: bool) -> str:
+    """The part of the table that holds tiles for such tokens."""
+    if dtype == torch.float32:
+        return "float32" if even else "float32, odd"
+    return "half, odd" if not even else "half, masked" if masked else "half"
+
+
+def unit(values: Tensor) -> int:
+    """Of the width and the strides, see the module's docstring."""
+    even = all(n % 8 == 0 for n in (values.shape[-1], *values.stride()[:-1])) and values.data_ptr() % 16 == 0
+    return 8 if even else 1
 
 
 def waves(device: torch.device) -> int:
@@ -295,7 +317,7 @@ def forward(u: Tensor, c: Tensor | None, stream: Stream, batch: int) -> tuple[Te
     float32, and ``lse [P, H, B, Q]`` float32, -inf where there is no token.
     """
     h, _, q, width = u.shape
-    tile = config("forward", u.dtype, width)
+    tile = config("forward", stream)
     groups, slices = _cdiv(h * q, tile.rows), _cdiv(width, tile.width)
     parts = _parts(stream, batch, groups * slices * batch, tile, u.device)
     y = torch.empty(parts, h, batch, q, width, dtype=u.dtype if parts == 1 else torch.float32, device=u.device)
@@ -314,12 +336,12 @@ def query_gradient(u: Tensor, c: Tensor | None, stream: Stream, dy: Tensor, dshi
     """
     h, own, q, width = u.shape
     batch = lse.shape[1]
-    tile = config("query_gradient", u.dtype, width)
+    tile = config("query_gradient", stream)
     groups, slices = _cdiv(h * q, tile.rows), _cdiv(width, tile.width)
     parts = _parts(stream, batch, groups * slices * batch, tile, u.device)
     per_item, units = own == batch, 1
     if not per_item:  # a program sums over so many parts of items that about one wave of programs is left
-        units = _cdiv(batch * parts, max(1, waves(u.device) // (groups * slices)))
+        units = max(1, _cdiv(batch * parts * groups * slices, waves(u.device)))
     programs = _cdiv(batch * parts, units)
     sums = (parts if per_item else programs, h, own, q)
     dtype = u.dtype if sums[0] == 1 else torch.float32
@@ -336,7 +358,7 @@ def query_gradient(u: Tensor, c: Tensor | None, stream: Stream, dy: Tensor, dshi
 def token_gradient(u: Tensor, c: Tensor | None, stream: Stream, dy: Tensor, dshift: Tensor, lse: Tensor) -> Tensor:
     """The gradient to the tokens, ``[B, N, C]`` or ``[T, C]``; arguments as in ``query_gradient``."""
     values, batch = stream.values, lse.shape[1]
-    tile = config("token_gradient", u.dtype, u.shape[-1])
+    tile = config("token_gradient", stream)
     slices = _cdiv(u.shape[-1], tile.width)
     parts = max(1, _cdiv(_mean_tokens(stream, batch), tile.tokens))
     dx = torch.empty(values.shape, dtype=values.dtype, device=values.device)
@@ -354,12 +376,13 @@ def _launch(kernel: Any, programs: int, u: Tensor, c: Tensor | None, stream: Str
     """All kernels take the same arguments but for ``tensors`` and ``counts``."""
     values, offsets, mask = stream
     h, own, q, width = u.shape
+    one = unit(values)
     with _device(u):
         kernel[(programs,)](
-            u, c, values, offsets, None if mask is None else mask.view(torch.uint8), *tensors, batch, values.shape[-2 if
-            offsets is None else 0], values.stride(0), values.stride(-2), width, q, h * q, *counts,
-            PER_ITEM=own == batch, ROWS=tile.rows, TOKENS=tile.tokens, WIDTH=tile.width, CHUNK=tile.chunk,
-            PRECISION=precision(), num_warps=tile.warps, num_stages=tile.stages,
+            u, c, values, offsets, None if mask is None else mask.view(torch.uint8), *tensors, batch, values.shape[-2],
+            values.stride(0) // one, values.stride(-2) // one, width // one, q, h * q, *counts, PER_ITEM=own == batch,
+            ROWS=tile.rows, TOKENS=tile.tokens, WIDTH=tile.width, CHUNK=tile.chunk, UNIT=one, PRECISION=precision(),
+            num_warps=tile.warps, num_stages=tile.stages, maxnreg=REGISTERS,
         )  # fmt: skip
 
 

@@ -213,7 +213,8 @@ def _check(query: Tensor, streams: Sequence[Stream], w_q: Tensor, w_k: Sequence[
 # The registered operator is the part between the query's projection and the last one, which are ordinary products:
 #   s[r, t] = u_m[r] . x_m[t] + c_m[r];  p = softmax over the item's tokens of all streams;  y_m[r] = sum_t p x_m[t];
 #   o[r] = sum_m w_m,h y_m[r];  mass_m[r] = sum_t p;  lse[r] = logsumexp_t s, for the H * Q rows r = (h, q) of every item.
-# An item without tokens has y = 0, o = 0, mass = 0, lse = -inf. y and lse are outputs for the backward to read.
+# An item without tokens has y = 0, o = 0, mass = 0, lse = -inf. y and lse are outputs for the backward of the same
+# backend to read; the Triton one leaves the factor mass_m out of y_m.
 torch.library.define(
     "em3::qformer_attention",
     "(Tensor[] u, Tensor? c, Tensor[] w, Tensor[] values, Tensor?[] offsets, Tensor?[] masks, SymInt batch, str backend)"

@@ -11,6 +11,7 @@ import torch
 
 import em3
 from em3 import reference
+from em3.ops import _dispatch
 from tests import oracle
 from tests.ops import test_contrastive_loss as cl
 from tests.ops import test_lora_linear as ll
@@ -19,6 +20,10 @@ from tests.ops import test_qformer_attention as qa
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here")
+QFORMER = [
+    *(pytest.param("absorb", *p.values, marks=p.marks) for p in oracle.backends("qformer_attention", DEVICE)),
+    ("project", "torch"),
+]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -27,11 +32,29 @@ def on_gpu(args):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("strategy", ["absorb", "project"])
+@pytest.mark.parametrize(("strategy", "backend"), QFORMER)
 @pytest.mark.parametrize("lengths", [[70, 33], [[5, 0, 70, 1], [0, 0, 9, 40]], [64, [5, 0, 70, 1]]], ids=["padded", "jagged", "both"])
-def test_qformer_attention(lengths, strategy, dtype):
+def test_qformer_attention(lengths, strategy, backend, dtype):
     args = qa.make(4, 8, 4, 16, [48, 96], lengths, masked=True)
-    oracle.check(qa.op(strategy, "torch"), qa.plain, on_gpu(args), dtype)
+    oracle.check(qa.op(strategy, backend), qa.plain, on_gpu(args), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("strategy", "backend"), QFORMER)
+@pytest.mark.parametrize("per_item", [False, True])
+@pytest.mark.parametrize("width", [40, 77, 128, 256, 512, 768, 1280])
+def test_qformer_attention_of_every_width(width, per_item, strategy, backend, dtype):
+    """Every tile of the kernels; the long item is cut into parts, for five items do not fill a GPU."""
+    args = qa.make(5, 8, 8, 16, [width], [[300, 0, 4000, 1, 33]], per_item=per_item)
+    oracle.check(qa.op(strategy, backend), qa.plain, on_gpu(args), dtype)
+    oracle.same_bits_twice(qa.op(strategy, backend), oracle.convert(on_gpu(args), dtype))
+
+
+def test_qformer_attention_of_shared_queries_over_many_items():
+    args = qa.make(1500, 4, 4, 16, [64], [[k % 37 for k in range(1500)]])
+    for way in ("triton", "torch"):
+        if _dispatch.module("qformer_attention", way).unavailable() is None:
+            oracle.check(qa.op("absorb", way), qa.plain, on_gpu(args), torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

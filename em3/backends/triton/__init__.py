@@ -1,7 +1,6 @@
 """The ``triton`` backend: the kernels of em3.kernels, on CUDA GPUs.
 
-No GPU has timed them yet; they are proved by Triton's interpreter and by compiling them for each kind of GPU. With
-``TRITON_INTERPRET=1`` a call that asks for this backend runs on the CPU, for tests.
+With ``TRITON_INTERPRET=1`` a call that asks for this backend by name runs on the CPU, in Triton's interpreter, for tests.
 """
 
 from __future__ import annotations
@@ -11,8 +10,6 @@ import importlib
 from types import ModuleType
 
 import torch
-
-UNMEASURED = "no GPU has timed it yet"
 
 
 @functools.cache

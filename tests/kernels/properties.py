@@ -1,0 +1,114 @@
+"""What the Triton kernels compute, under Triton's interpreter: collected by tests/kernels/test_interpreted.py only.
+
+By hand: ``TRITON_INTERPRET=1 pytest -p tests.kernels.interpreter tests/kernels/properties.py``. Small tiles, so that small
+inputs have several groups of rows, tiles of tokens, slices of columns, and parts of items.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import em3
+from em3.backends.triton import qformer_attention as backend
+from em3.kernels import qformer_attention as kernels
+from em3.ops import _dispatch
+from tests import oracle
+from tests.ops.test_qformer_attention import make, op, plain, shapes
+
+TILES = {
+    "whole": kernels.Config(16, 16, 64, 64, 4, 1),
+    "chunks": kernels.Config(32, 16, 64, 16, 4, 1),
+    "slices": kernels.Config(16, 32, 32, 16, 4, 1),
+}
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    """Call it with a tile's name and the number of programs that a launch aims at."""
+
+    def use(name: str, waves: int) -> None:
+        monkeypatch.setattr(kernels, "config", lambda kernel, stream: TILES[name])
+        monkeypatch.setattr(kernels, "waves", lambda device: waves)
+
+    return use
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_matches_the_reference(dtype, tiles, seed):
+    @settings(max_examples=24 if dtype == torch.float32 else 8)
+    @given(shape=shapes(tiny=dtype == torch.float32), tile=st.sampled_from(sorted(TILES)), waves=st.sampled_from([1, 5, 64]),
+           salt=st.integers(0, 2**31))  # fmt: skip
+    def check(shape, tile, waves, salt):
+        torch.manual_seed(seed ^ salt)
+        tiles(tile, waves)
+        oracle.check(op("absorb", "triton"), plain, make(**shape), dtype, salt)
+
+    check()
+
+
+@pytest.mark.parametrize("per_item", [False, True])
+@pytest.mark.parametrize(("tile", "dtype"), [("whole", torch.float32), ("slices", torch.bfloat16)], ids=str)
+def test_long_items_are_cut_into_parts(per_item, tile, dtype, tiles):
+    tiles(tile, 64)
+    args = make(2, 9, 2, 16, [16, 40], [[331, 0], 290], masked=True, per_item=per_item)
+    oracle.check(op("absorb", "triton"), plain, args, dtype)
+    oracle.same_bits_twice(op("absorb", "triton"), oracle.convert(args, dtype))
+
+
+def test_four_streams():
+    args = make(3, 4, 2, 8, [16, 8, 33, 24], [[5, 0, 40], 7, [0, 0, 3], 20], masked=True)
+    oracle.check(op("absorb", "triton"), plain, args, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [72, 200, 504, 600, 1032])
+def test_the_tiles_of_the_table(width, dtype):
+    args = make(2, 3, 2, 16, [width], [[37, 5]])
+    oracle.check(op("absorb", "triton"), plain, args, dtype)
+
+
+@pytest.mark.parametrize("values", [torch.randn(9, 3, 16)[:, 1], torch.randn(9, 48)[:, 5:21], torch.randn(16, 9).t()])
+def test_tokens_are_read_where_they_lie(values):
+    args = oracle.convert(make(2, 3, 2, 8, [16], [[4, 5]]), torch.float32)
+    want = oracle.run(op("absorb", "triton"), args | {"values": [values.contiguous().requires_grad_()]}, 0)
+    got = oracle.run(op("absorb", "triton"), args | {"values": [values.requires_grad_()]}, 0)
+    for a, b in zip(want, got, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_more_elements_than_32_bits_count():
+    """Two items 2**31 elements apart, of which only those that they hold are ever touched."""
+    spread = torch.empty(2**31 + 4096, dtype=torch.bfloat16).as_strided((2, 3, 16), (2**31, 16, 1))
+    spread.copy_(torch.randn(2, 3, 16))
+    u, w = [torch.randn(2, 1, 3, 16).bfloat16()], [torch.randn(2, 4, 16).bfloat16()]
+    far, near = (backend.forward(u, None, w, [x], [None], [None], 2) for x in (spread, spread.contiguous()))
+    torch.testing.assert_close(far[1], near[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("wild", [[0, 9, 5, 10**9], [0, 4, 4, 2**40], [-5, 3, 7, 12], [3, 2, 1, 0], [10**12, 10**12, 0, 4]])
+def test_no_offset_leads_outside_the_tokens(wild):
+    """On a GPU nobody looks at the offsets; what lies about the tokens here is NaN."""
+    around = torch.full((40, 16), torch.nan)
+    values = around[14:26].copy_(torch.randn(12, 16))
+    u, w = [torch.randn(2, 1, 3, 16)], [torch.randn(2, 4, 16)]
+    args = (u, None, w, [values], [torch.tensor(wild)], [None], 3)
+    y, o, mass, lse = backend.forward(*args)
+    assert torch.isfinite(o).all()
+    before = around.clone()
+    du, _, _, dx = backend.backward(torch.randn_like(o), None, *args[:6], y, o, mass, lse, True, [False], [True])
+    assert torch.isfinite(du[0]).all()
+    assert dx[0].shape == values.shape
+    assert torch.equal(around.nan_to_num(7), before.nan_to_num(7))
+
+
+def test_it_is_never_the_automatic_choice_on_the_cpu():
+    args = oracle.convert(make(2, 3, 2, 8, [16], [[4, 5]]), torch.bfloat16)
+    tensors = ([torch.randn(2, 1, 3, 8)], None, [torch.randn(2, 4, 8)], [torch.randn(2, 3, 8)], [None], [None], 2)
+    assert backend.supports(*tensors) is None
+    assert not backend.wins(*tensors)
+    assert _dispatch.choose("qformer_attention", "auto", tensors).__name__.split(".")[-2] != "triton"
+    with pytest.raises(em3.BackendError, match=r"torch\.float64; convert them"):
+        op("absorb", "triton")(**oracle.convert(args, torch.float64))

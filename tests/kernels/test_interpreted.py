@@ -1,0 +1,49 @@
+"""The Triton kernels under Triton's interpreter, which must be asked for before Triton is imported: another process."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import em3
+from em3.backends import triton
+from tests import oracle
+from tests.ops.test_qformer_attention import make, op
+
+ROOT = Path(__file__).resolve().parents[2]
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+# The first is replaced by properties.py; the others take minutes, or are torch's concern rather than the kernels'.
+LEFT_OUT = "matches_the_reference or real_size or compile"
+
+
+@needs_triton
+@pytest.mark.parametrize("words", [["tests/kernels/properties.py"],
+                                   ["tests/ops/test_qformer_attention.py", "-k", f"triton and not ({LEFT_OUT})"]])  # fmt: skip
+def test_under_the_interpreter(words):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "tests.kernels.interpreter", *words]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton can run here")
+def test_without_a_gpu_it_says_why_it_cannot_serve():
+    args = oracle.convert(make(2, 3, 2, 8, [16], [[4, 5]]), torch.float32)
+    with pytest.raises(em3.BackendError, match="'triton' cannot serve this call of qformer_attention: (no GPU|triton is not)"):
+        op("absorb", "triton")(**args)
+    assert triton.unavailable()
+    op("absorb", "auto")(**args)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
+def test_tensors_on_the_cpu_are_refused():
+    args = oracle.convert(make(2, 3, 2, 8, [16], [[4, 5]]), torch.float32)
+    with pytest.raises(em3.BackendError, match="it computes on CUDA GPUs and the tensors are on cpu"):
+        op("absorb", "triton")(**args)
