@@ -34,7 +34,7 @@ def env_report() -> EnvReport:
         system=_system(),
         compiled=_compiled(),
         gpus=_gpus(),
-        triton_kernels=_triton_kernels(),
+        triton_kernels=triton_kernels(),
         unmeasured_kernels=_unmeasured_kernels(),
         extras=_extras(),
         operations=_operations(),
@@ -146,7 +146,8 @@ def _gpus() -> dict[str, Any]:
     return gpus
 
 
-def _triton_kernels() -> str | None:
+def triton_kernels() -> str | None:
+    """None where Triton kernels can run in this process, else the reason."""
     try:
         kernels = importlib.import_module("em3.kernels")
     except ImportError:

@@ -50,6 +50,18 @@ def test_qformer_attention_of_every_width(width, per_item, strategy, backend, dt
     oracle.same_bits_twice(qa.op(strategy, backend), oracle.convert(on_gpu(args), dtype))
 
 
+@pytest.mark.parametrize("backend", oracle.backends("qformer_attention", DEVICE))
+def test_qformer_attention_of_more_elements_than_32_bits_count(backend):
+    """Two items 2**31 elements apart."""
+    far = torch.empty(2**31 + 4096, dtype=torch.bfloat16, device=DEVICE).as_strided((2, 3, 16), (2**31, 16, 1))
+    far.copy_(torch.randn(2, 3, 16))
+    u, w = (torch.randn(2, *s, 16, dtype=torch.bfloat16, device=DEVICE) for s in ((1, 3), (4,)))
+    (_, a, *_), (_, b, *_) = (
+        torch.ops.em3.qformer_attention([u], None, [w], [x], [None], [None], 2, backend) for x in (far, far.contiguous())
+    )
+    torch.testing.assert_close(a, b)
+
+
 def test_qformer_attention_of_shared_queries_over_many_items():
     args = qa.make(1500, 4, 4, 16, [64], [[k % 37 for k in range(1500)]])
     for way in ("triton", "torch"):

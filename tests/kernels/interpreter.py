@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
+from triton.runtime.errors import InterpreterError
 
 Builder, Handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
 _patch_lang_tensor, _create_dot = interpreter._patch_lang_tensor, Builder.create_dot
 _cast_impl = Builder.cast_impl
+_exchanged: set[Any] = set()  # functions; what is exchanged for them stays so
 
 
 def _patched_tensor(tensor: Any, scope: Any) -> None:
@@ -36,10 +38,22 @@ def _cast(self: Any, src: Any, dst_type: Any) -> Any:
     return Handle(np.where(np.isnan(src.data), np.uint16(0x7FC0), rounded), tl.bfloat16)
 
 
+def _called(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """At every call of a function from a kernel it exchanges the language anew, which takes most of the time."""
+    if self.fn not in _exchanged:
+        interpreter._patch_lang(self.fn)
+        _exchanged.add(self.fn)
+    try:
+        return self.rewrite()(*args, **kwargs)
+    except Exception as error:
+        raise InterpreterError(repr(error)) from error
+
+
 def _widened(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 interpreter._patch_lang_tensor = _patched_tensor
+interpreter.InterpretedFunction.__call__ = _called
 Builder.create_dot = _dot
 Builder.cast_impl = Builder.create_fp_ext = Builder.create_fp_trunc = _cast

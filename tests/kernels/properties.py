@@ -38,7 +38,7 @@ def tiles(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_matches_the_reference(dtype, tiles, seed):
-    @settings(max_examples=24 if dtype == torch.float32 else 8)
+    @settings(max_examples=12 if dtype == torch.float32 else 4)
     @given(shape=shapes(tiny=dtype == torch.float32), tile=st.sampled_from(sorted(TILES)), waves=st.sampled_from([1, 5, 64]),
            salt=st.integers(0, 2**31))  # fmt: skip
     def check(shape, tile, waves, salt):
@@ -53,20 +53,20 @@ def test_matches_the_reference(dtype, tiles, seed):
 @pytest.mark.parametrize(("tile", "dtype"), [("whole", torch.float32), ("slices", torch.bfloat16)], ids=str)
 def test_long_items_are_cut_into_parts(per_item, tile, dtype, tiles):
     tiles(tile, 64)
-    args = make(2, 9, 2, 16, [16, 40], [[331, 0], 290], masked=True, per_item=per_item)
+    args = make(2, 9, 2, 8, [16, 40], [[139, 0], 66], masked=True, per_item=per_item)
     oracle.check(op("absorb", "triton"), plain, args, dtype)
     oracle.same_bits_twice(op("absorb", "triton"), oracle.convert(args, dtype))
 
 
 def test_four_streams():
-    args = make(3, 4, 2, 8, [16, 8, 33, 24], [[5, 0, 40], 7, [0, 0, 3], 20], masked=True)
+    args = make(2, 4, 2, 8, [16, 8, 33, 24], [[5, 0], 7, [0, 3], 20], masked=True)
     oracle.check(op("absorb", "triton"), plain, args, torch.float32)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("width", [72, 200, 504, 600, 1032])
-def test_the_tiles_of_the_table(width, dtype):
-    args = make(2, 3, 2, 16, [width], [[37, 5]])
+@pytest.mark.parametrize(("width", "dtype"), [(40, torch.float32), (264, torch.float32), *((w, torch.bfloat16) for w in (40, 72, 200, 504, 768, 1032))], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_tiles_of_the_table(width, dtype, masked):
+    args = make(1, 3, 1, 16, [width], [20 if masked else [20]], masked=masked)
     oracle.check(op("absorb", "triton"), plain, args, dtype)
 
 
@@ -77,15 +77,6 @@ def test_tokens_are_read_where_they_lie(values):
     got = oracle.run(op("absorb", "triton"), args | {"values": [values.requires_grad_()]}, 0)
     for a, b in zip(want, got, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
-def test_more_elements_than_32_bits_count():
-    """Two items 2**31 elements apart, of which only those that they hold are ever touched."""
-    spread = torch.empty(2**31 + 4096, dtype=torch.bfloat16).as_strided((2, 3, 16), (2**31, 16, 1))
-    spread.copy_(torch.randn(2, 3, 16))
-    u, w = [torch.randn(2, 1, 3, 16).bfloat16()], [torch.randn(2, 4, 16).bfloat16()]
-    far, near = (backend.forward(u, None, w, [x], [None], [None], 2) for x in (spread, spread.contiguous()))
-    torch.testing.assert_close(far[1], near[1], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("wild", [[0, 9, 5, 10**9], [0, 4, 4, 2**40], [-5, 3, 7, 12], [3, 2, 1, 0], [10**12, 10**12, 0, 4]])

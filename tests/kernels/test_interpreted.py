@@ -36,7 +36,7 @@ def test_under_the_interpreter(words):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton can run here")
 def test_without_a_gpu_it_says_why_it_cannot_serve():
     args = oracle.convert(make(2, 3, 2, 8, [16], [[4, 5]]), torch.float32)
-    with pytest.raises(em3.BackendError, match="'triton' cannot serve this call of qformer_attention: (no GPU|triton is not)"):
+    with pytest.raises(em3.BackendError, match=r"'triton' cannot serve this call of qformer_attention: (no GPU|triton is not)"):
         op("absorb", "triton")(**args)
     assert triton.unavailable()
     op("absorb", "auto")(**args)

@@ -15,13 +15,15 @@ import torch
 @functools.cache
 def unavailable() -> str | None:
     """None, or the reason why Triton kernels cannot run in this process."""
-    return _package().why_not() if _package() is not None else "em3.kernels is missing: this source tree is not installed"
+    from ...env import triton_kernels
+
+    return triton_kernels()
 
 
 @functools.cache
 def cannot_use(device: torch.device) -> str | None:
     """None, or the reason why they cannot run on this device's tensors."""
-    if device.type == "cpu" and _package().interpreting():
+    if device.type == "cpu" and importlib.import_module("em3.kernels").interpreting():
         return None
     if device.type != "cuda" or torch.version.hip is not None:
         return f"it computes on CUDA GPUs and the tensors are on {device}" + (" of ROCm" if device.type == "cuda" else "")
@@ -34,11 +36,3 @@ def cannot_use(device: torch.device) -> str | None:
 def kernel(op: str) -> ModuleType:
     """The operation's kernels; imports Triton."""
     return importlib.import_module(f"em3.kernels.{op}")
-
-
-@functools.cache
-def _package() -> ModuleType | None:
-    try:
-        return importlib.import_module("em3.kernels")
-    except ImportError:
-        return None

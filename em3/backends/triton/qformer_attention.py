@@ -48,7 +48,7 @@ def forward(u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Ten
         kernel("qformer_attention").forward(*inputs, batch)
         for inputs in zip(*_rows(u, c), _streams(values, offsets, masks), strict=True)
     ]
-    y, levels = zip(*(_joined(*parts, u[0].dtype) for parts in read), strict=True)
+    y, levels = zip(*(_joined(part, level, u[0].dtype) for part, level in read), strict=True)
     lse = levels[0] if len(u) == 1 else torch.stack(levels).logsumexp(0)  # [H, B, Q]
     mass = _share(torch.stack(levels), lse)
     if len(u) == 1:
