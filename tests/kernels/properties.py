@@ -63,8 +63,10 @@ def test_four_streams():
     oracle.check(op("absorb", "triton"), plain, args, torch.float32)
 
 
-@pytest.mark.parametrize(("width", "dtype"), [(40, torch.float32), (264, torch.float32), *((w, torch.bfloat16) for w in (40, 72, 200, 504, 768, 1032))], ids=str)
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("width", "dtype", "masked"), [
+    (40, torch.float32, False), (264, torch.float32, True), (72, torch.bfloat16, True), (504, torch.bfloat16, False),
+    (504, torch.bfloat16, True), (1032, torch.bfloat16, False),
+], ids=str)  # fmt: skip
 def test_the_tiles_of_the_table(width, dtype, masked):
     args = make(1, 3, 1, 16, [width], [20 if masked else [20]], masked=masked)
     oracle.check(op("absorb", "triton"), plain, args, dtype)
