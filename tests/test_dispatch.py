@@ -66,7 +66,7 @@ def test_use_backend_is_undone_by_an_error():
 
 @pytest.mark.parametrize("ask", [em3.set_backend, lambda name: em3.use_backend(name).__enter__(), lambda name: call(backend=name)])
 def test_an_unknown_name(ask):
-    with pytest.raises(ValueError, match=r"was 'tritn', must be one of auto, cpp, torch"):
+    with pytest.raises(ValueError, match=r"was 'tritn', must be one of auto, cpp, triton, torch; did you mean 'triton'"):
         ask("tritn")
 
 
