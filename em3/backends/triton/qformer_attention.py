@@ -23,7 +23,7 @@ _LONGEST_STRIDE = 2**31 // 256  # within a tile of at most 128 tokens the kernel
 
 def supports(u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Tensor], offsets: list[Tensor | None],
              masks: list[Tensor | None], batch: int) -> str | None:  # fmt: skip
-    if values[0].dtype == torch.float64:
+    if torch.float64 in (u[0].dtype, *(x.dtype for x in values)):
         return "it computes in float32 and the tensors are torch.float64; convert them or use another backend"
     if any(x.shape[-1] == 0 for x in values):
         return "it reads tokens of width 1 and more, and a stream has width 0"
@@ -38,7 +38,7 @@ def wins(u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Tensor
     # float32; this reads tokens once (docs/design.md). Many rows in true float32 are bound by arithmetic that neither
     # saves, and there cuBLAS is the better at products without tensor cores. The interpreter is for tests.
     h, _, q, _ = u[0].shape
-    cheap = values[0].dtype != torch.float32 or h * q <= MAX_FLOAT32_ROWS or torch.backends.cuda.matmul.allow_tf32
+    cheap = u[0].dtype != torch.float32 or h * q <= MAX_FLOAT32_ROWS or torch.backends.cuda.matmul.allow_tf32
     return values[0].is_cuda and cheap
 
 
@@ -46,7 +46,7 @@ def forward(u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Ten
             masks: list[Tensor | None], batch: int) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:  # fmt: skip
     read = [
         kernel("qformer_attention").forward(*inputs, batch)
-        for inputs in zip(*_rows(u, c), _streams(values, offsets, masks), strict=True)
+        for inputs in zip(*_rows(u, c), _streams(values, offsets, masks, u[0].dtype), strict=True)
     ]
     y, levels = zip(*(_joined(part, level, u[0].dtype) for part, level in read), strict=True)
     lse = levels[0] if len(u) == 1 else torch.stack(levels).logsumexp(0)  # [H, B, Q]
@@ -62,7 +62,7 @@ def backward(dout: Tensor, dmass: Tensor | None, u: list[Tensor], c: Tensor | No
              lse: Tensor, need_u: bool, need_w: list[bool], need_values: list[bool],
              ) -> tuple[list[Tensor], Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     kernels = kernel("qformer_attention")
-    streams = _streams(values, offsets, masks)
+    streams = _streams(values, offsets, masks, u[0].dtype)
     delta = (dout.float() * o.float()).sum(-1)  # [H, B, Q]: sum_t p dp, but for what the masses add
     if dmass is not None:
         delta = delta + (dmass * mass).sum(0)
@@ -75,7 +75,7 @@ def backward(dout: Tensor, dmass: Tensor | None, u: list[Tensor], c: Tensor | No
             to_u, to_c = kernels.query_gradient(*inputs)
             du.append(to_u)
             dc.append(to_c)
-        dx.append(kernels.token_gradient(*inputs) if need_values[m] else values[m].new_empty(0))
+        dx.append(kernels.token_gradient(*inputs).to(values[m].dtype) if need_values[m] else values[m].new_empty(0))
         scaled = dout if len(u) == 1 else (dout * mass[m][..., None]).to(dout.dtype)
         dw += plain.project_backward(scaled, [y[m]], [w[m]], [True])[1] if need_w[m] else [w[m].new_empty(0)]
     if not need_u:
@@ -100,8 +100,9 @@ def _rows(u: list[Tensor], c: Tensor | None) -> tuple[list[Tensor], list[Tensor 
     return [x.contiguous() for x in u], [None] * len(u) if c is None else list(c.contiguous())
 
 
-def _streams(values: list[Tensor], offsets: list[Tensor | None], masks: list[Tensor | None]) -> list:
-    """Tokens as they lie; copied only if the elements of one are apart, or tokens too far apart for 32 bits."""
+def _streams(values: list[Tensor], offsets: list[Tensor | None], masks: list[Tensor | None], dtype: torch.dtype) -> list:
+    """Tokens as they lie; copied only if of another dtype, if the elements of one are apart, or tokens too far apart."""
+    values = [x.to(dtype) for x in values]
     near = [x if x.stride(-1) == 1 and abs(x.stride(-2)) < _LONGEST_STRIDE else x.contiguous() for x in values]
     others = ([None if t is None else t.contiguous() for t in given] for given in (offsets, masks))
     return [kernel("qformer_attention").Stream(*given) for given in zip(near, *others, strict=True)]
