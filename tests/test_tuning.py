@@ -85,7 +85,7 @@ def plant(decision):
     """Writes the file as `em3 tune` would, with another answer than the cost model's; returns that answer."""
     call, kwargs = ASKED[decision]
     keys = asked(decision, call, **kwargs)
-    choice = next(answer for answer in table.decisions()[decision] if answer not in keys.values())
+    choice = [answer for answer in table.decisions()[decision] if answer not in keys.values()][-1]  # a backend that runs
     table.update(CPU, {key: table.Entry(key, choice, "planted", 2.0) for key in keys})
     tuning.forget()
     return choice
