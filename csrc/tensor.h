@@ -68,7 +68,8 @@ class Tensor {
   // The same, whatever its dtype.
   void* rows_of_any(const Sizes& shape) const {
     require_shape(shape);
-    if (!shape_.empty() && shape_.back() > 1 && strides_.back() != 1) {
+    const bool holds_none = std::find(shape_.begin(), shape_.end(), 0) != shape_.end();  // then strides say nothing
+    if (!holds_none && !shape_.empty() && shape_.back() > 1 && strides_.back() != 1) {
       fail("of strides " + list(strides_), "of stride 1 in its last dimension");
     }
     return reinterpret_cast<void*>(address_);

@@ -193,14 +193,15 @@ def _tuning() -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for name in ("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))):
         device = torch.device(name)
-        file, entries, reason = table.path(device), 0, table.reason_off()
+        file, entries, reason = "", 0, table.reason_off()
         try:
-            known, old = table.read(file, device)
+            file = str(table.path(device))
+            known, old = table.read(Path(file), device)
             entries = 0 if reason else len(known)
             reason = reason or (f"{old} more are of another version of em3's kernels" if old else None)
         except table.TableError as error:
             reason = f"ignored: it {error}"
-        found.append({"device": name, "file": str(file), "exists": file.exists(), "entries": entries, "reason": reason})
+        found.append({"device": name, "file": file, "exists": os.path.exists(file), "entries": entries, "reason": reason})
     return found
 
 

@@ -371,3 +371,20 @@ assert os.waitpid(child, 0)[1] == 0, "the child would use the threads of its par
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_holds_nothing_may_have_any_strides():
+    """No item, no token or an empty bank, transposed: the strides of a tensor without elements are nobody's concern."""
+    f = torch.randn
+    weights = f(16, 16), [f(16, 5)], [f(16, 5)], f(16, 16)
+    for values in (f(5, 3, 0).permute(2, 1, 0), f(5, 0, 4).permute(2, 1, 0)):
+        query = f(2, 16, requires_grad=True)
+        out = em3.ops.qformer_attention(query, values, *weights, num_heads=2, strategy="absorb", backend="cpp")
+        assert out.shape == (len(values), 2, 16)
+        assert not out.any()
+        out.sum().backward()
+        assert not query.grad.any()
+    history = torch.full((4, 3), -1)
+    out = em3.ops.lora_target_attention(f(4, 16), history, f(5, 0).t(), f(16, 16), f(16, 5), f(16, 5), f(16, 16), num_heads=2,
+                                        strategy="absorb", backend="cpp")  # fmt: skip
+    assert not out.any()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -235,3 +236,16 @@ def test_the_tuning_file_is_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("EM3_TUNING", "1")
     file.write_text("{")
     assert "ignored: it cannot be read" in line()
+
+
+def test_a_tuning_file_that_may_not_be_read_is_no_traceback(tmp_path, monkeypatch):
+    def forbidden(path, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setenv("EM3_CACHE", str(tmp_path))
+    monkeypatch.setenv("EM3_TUNING", "1")
+    monkeypatch.setattr(Path, "stat", forbidden)  # as under another user's home; root, who runs tests, may read everything
+    monkeypatch.setattr(Path, "read_bytes", forbidden)
+    entry = env._tuning()[0]
+    assert not entry["exists"]
+    assert "ignored: it cannot be read (PermissionError" in entry["reason"]

@@ -220,3 +220,10 @@ def test_source_distribution_is_complete_and_clean(tree):
     for path in [*tree.glob("csrc/**/*.*"), *tree.glob("kernels/*.py"), *tree.glob("tests/**/*.py"), tree / ".ci/run"]:
         assert str(path.relative_to(tree)) in names
     assert not {name for name in names if name.endswith((".so", "_build_record.json", ".pyc"))}
+
+
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="clang++ is not installed")
+def test_clang_knows_the_names_of_the_instruction_sets(tmp_path):
+    """Clang before 18 refuses a name that its ``__builtin_cpu_supports`` does not know, as ``f16c``."""
+    source = ROOT / "csrc" / "cpu" / "isa.cpp"
+    subprocess.run(["clang++", "-std=c++17", "-c", str(source), "-o", str(tmp_path / "isa.o")], check=True)

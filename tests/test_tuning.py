@@ -6,6 +6,7 @@ import importlib
 import json
 import logging
 import multiprocessing
+import pwd
 import threading
 import timeit
 from contextlib import contextmanager
@@ -357,3 +358,17 @@ def test_a_lookup_takes_no_time_worth_mentioning():
     assert tuning._tables[CPU]
     # 1.5 to 2.1 us; the least of many, for this machine may be busy.
     assert min(timeit.repeat(ask, number=500, repeat=40)) / 500 < 4e-6
+
+
+def test_a_process_without_a_home_computes(monkeypatch, served):
+    def nobody(uid):
+        raise KeyError(uid)
+
+    for name in ("EM3_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    qformer()
+    assert "project" not in served
+    with pytest.raises(table.TableError, match="neither EM3_CACHE nor HOME is set"):
+        table.path(CPU)
+    assert "has no place" in em3.env_report()["tuning"][0]["reason"]

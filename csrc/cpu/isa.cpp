@@ -2,17 +2,28 @@
 
 #include <stdexcept>
 
+#if EM3_HAVE_X86_PATHS
+#include <cpuid.h>
+#endif
+
 namespace em3 {
 namespace {
 
 #if EM3_HAVE_X86_PATHS
+// Not __builtin_cpu_supports("f16c"): Clang before 18 and GCC before 11 do not know the name and do not compile it. The
+// operating system's part is that of AVX2.
+bool has_f16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx >> 29 & 1) != 0;
+}
+
 // __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
 std::string missing_avx2() {
   __builtin_cpu_init();
   std::string lacks;
   if (!__builtin_cpu_supports("avx2")) lacks += " avx2";
   if (!__builtin_cpu_supports("fma")) lacks += " fma";
-  if (!__builtin_cpu_supports("f16c")) lacks += " f16c";
+  if (!has_f16c()) lacks += " f16c";
   return lacks;
 }
 

@@ -1,7 +1,7 @@
 // One vector of floats and the few operations the kernels need, for the instruction set being compiled.
 //
 // No include guard on purpose: a kernel file is included once per instruction set, each time inside its own
-// namespace with EM3_ISA set to 0 (baseline), 1 (AVX2 + FMA) or 2 (AVX-512), and this file with it. Everything here
+// namespace with EM3_ISA set to 0 (baseline), 1 (AVX2 + FMA + F16C) or 2 (AVX-512), and this file with it. Everything here
 // has internal linkage. The caller includes <immintrin.h>, <cmath>, <cstdint> and <cstring> beforehand.
 //
 // Multiply-add goes through intrinsics because compilers fuse a*b+c only when told to (-std=c++17 tells GCC not to).

@@ -39,7 +39,7 @@ def qformer_attention(query: Tensor, streams: Any, w_q: Tensor, w_k: Sequence[Te
         query: ``[Q, D]``, shared by all items, or ``[B, Q, D]``.
         streams: one stream or a sequence of ``M``: padded ``[B, N, C_m]``, or jagged (``em3.Jagged``,
             ``torch.nested`` in the jagged layout, anything with ``.values()`` and ``.offsets()``). Each may be of another
-            floating-point dtype than the rest, as tokens stored in a half type: they are read in it, at half the cost.
+            floating-point dtype than the rest, as tokens stored in a half type: half the memory, not less time.
         w_q, w_o: ``[D, D]``.
         w_k, w_v: one ``[D, C_m]`` a stream.
         b_q, b_o: ``[D]`` or None.

@@ -67,7 +67,10 @@ def load(device: torch.device) -> Table:
     """The choices for a device; none with ``EM3_TUNING=0``, on a device that cannot be tuned, or from an unusable file."""
     if reason_off() or device.type not in ("cpu", "cuda"):
         return {}
-    file = path(device)
+    try:
+        file = path(device)
+    except TableError:  # nobody can have tuned here
+        return {}
     try:
         entries, old = read(file, device)
     except TableError as error:
@@ -89,8 +92,15 @@ def _complain(file: Path, what: str) -> None:
 
 
 def path(device: torch.device) -> Path:
-    """The file of a device, whether or not there is one."""
-    cache = os.environ.get("EM3_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "em3"
+    """The file of a device, whether or not there is one.
+
+    Raises:
+        TableError: a process without a home, and no variable that says where else.
+    """
+    try:
+        cache = os.environ.get("EM3_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "em3"
+    except RuntimeError:
+        raise TableError("has no place: neither EM3_CACHE nor HOME is set, and this user has no home") from None
     name = identity(device)
     words = re.sub(r"\W+", "-", name)[:60].strip("-").lower()
     return Path(cache) / "tuning" / f"{words}-{hashlib.sha256(name.encode()).hexdigest()[:8]}.json"

@@ -130,6 +130,18 @@ def test_a_wrong_answer_is_never_kept(mine, pretended, capsys, monkeypatch):
     assert entries() == {"contrastive_loss.backend": "torch"}
 
 
+def test_a_wrong_answer_of_the_cost_model_is_named(mine, pretended, caplog, monkeypatch):
+    """Nothing can be compared with it, so the table has no line for it; but it is what serves."""
+    if _dispatch.module("contrastive_loss", "cpp").unavailable():
+        pytest.skip("em3._C is not built")
+    backend = _dispatch.module("contrastive_loss", "cpp")
+    honest = backend.forward
+    monkeypatch.setattr(backend, "forward", lambda *args: tuple(t + 0.01 for t in honest(*args)))
+    assert main(["tune", "contrastive_loss", "--shapes", str(mine), "--device", "cpu"]) == 0
+    assert entries() == {}
+    assert re.search(r"contrastive_loss.backend of B=16 V=8: the cost model's answer .*: cpp: .* is off by .* from float64", caplog.text)
+
+
 def test_what_was_tuned_before_an_interruption_is_kept(mine, pretended, capsys, monkeypatch):
     pretended["merged"] = 0.5
     honest = tune._tuned
