@@ -48,6 +48,7 @@ struct Gradients {
 
 struct KernelTable {
   std::int64_t (*padded_rows)(std::int64_t K);
+  bool (*few)(const Shape& shape);
   void (*pack)(const float* const* rows, std::int64_t K, std::int64_t C, float* out);
   void (*pack_wide)(const float* rows, std::int64_t E, std::int64_t C, float* out);
   std::int64_t (*forward_scratch)(const ForwardJob&);
@@ -124,11 +125,11 @@ void pack_rows(const KernelTable& table, const float* first, int64_t rows, int64
   table.pack(pointers.data(), rows, C, out);
 }
 
-// u transposed, when all items share it.
+// u transposed, when all items share it and it is not read in place.
 template <class Stream>
 Packed pack_u(const Shape& shape, const std::vector<Stream>& streams, const KernelTable& table, int threads) {
   Packed packed(streams.size());
-  if (!shape.shared_u) return packed;
+  if (!shape.shared_u || table.few(shape)) return packed;
   parallel_for(threads, static_cast<int>(streams.size()), [&](int m) {
     const auto i = static_cast<std::size_t>(m);
     const int64_t C = streams[i].tokens.C, K = shape.K();

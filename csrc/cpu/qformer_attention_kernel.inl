@@ -122,7 +122,7 @@ EM3_INLINE int64_t tile_limit(int64_t C) {
 // threads, forward / backward: history looked up, B=64, N=200, C=256, K=4: 1.7 / 1.5 times as fast; B=64, N=1000, C=128:
 // 1.65 / 1.6; B=2048, N=21, C=64: 1.3 / 1.35; B=32, N=200, C=512, K=8: 1.2 / 1.06. Tokens side by side, B=64, N=256, C=256,
 // K=8: 1.17 / 1.08; B=32, N=256, C=512, K=8: 1.0 / 0.93.
-EM3_INLINE bool few(const Shape& shape) { return shape.K() <= kFew; }
+static bool few(const Shape& shape) { return shape.K() <= kFew; }
 
 // [i] of a row of C numbers as floats.
 EM3_INLINE V load_as(Storage storage, uintptr_t row, int64_t i) {
@@ -709,5 +709,5 @@ static void backward_items(const BackwardJob& job, int64_t begin, int64_t end, c
 
 static int64_t padded_rows(int64_t K) { return round_up(K, kVec); }
 
-static const KernelTable kTable = {padded_rows,   pack_transposed,  pack_wide,     forward_scratch,
-                                   forward_items, backward_scratch, backward_items};
+static const KernelTable kTable = {padded_rows,     few,           pack_transposed,  pack_wide,
+                                   forward_scratch, forward_items, backward_scratch, backward_items};

@@ -1,7 +1,7 @@
 // Register tiles: the products of the attention kernels, and the packing of what they read. Compiled once for each
 // instruction set, as qformer_attention_kernel.inl, which includes this file.
 //   scores   c[i, j]  = a[i, k] * b[k, j]         a = rows in place, b packed in panels
-//   dots     the same with b's few columns as rows in place: nothing is packed and nothing copied
+//   dots     the same with b's few columns as rows in place, which are not packed
 //   update   c[i, j] += a[k, i] * b[k, j]         b, c = rows in place
 //   outer    c[i, j]  = a[i, k] * b[k, j] + a'[i, k] * b'[k, j]
 

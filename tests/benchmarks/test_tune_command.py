@@ -115,30 +115,34 @@ def test_a_winner_is_faster_by_the_margin_and_beyond_noise(seconds, expected):
     assert tune.best({"model": np.ones(5), "other": np.array(seconds)}, "model") == expected
 
 
-def test_a_wrong_answer_is_never_kept(mine, pretended, capsys, monkeypatch):
-    pretended.update({"torch": 0.1, "cpp": 1.0})
+@pytest.fixture
+def tuned_while_off(mine, pretended, monkeypatch):
+    """Tunes contrastive_loss while this backend of it is off by 0.01; nothing of that is kept."""
     if _dispatch.module("contrastive_loss", "cpp").unavailable():
         pytest.skip("em3._C is not built")
-    backend = _dispatch.module("contrastive_loss", "torch")
-    honest = backend.forward
-    monkeypatch.setattr(backend, "forward", lambda *args: tuple(t + 0.01 for t in honest(*args)))
-    assert main(["tune", "contrastive_loss", "--shapes", str(mine), "--device", "cpu"]) == 0
-    assert entries() == {}
+
+    def tuned(name):
+        backend = _dispatch.module("contrastive_loss", name)
+        honest = backend.forward
+        with monkeypatch.context() as patch:
+            patch.setattr(backend, "forward", lambda *args: tuple(t + 0.01 for t in honest(*args)))
+            assert main(["tune", "contrastive_loss", "--shapes", str(mine), "--device", "cpu"]) == 0
+        assert entries() == {}
+
+    return tuned
+
+
+def test_a_wrong_answer_is_never_kept(mine, pretended, tuned_while_off, capsys):
+    pretended.update({"torch": 0.1, "cpp": 1.0})
+    tuned_while_off("torch")
     assert re.search(r"not timed, contrastive_loss.backend of B=16 V=8: torch: .* is off by .* from float64", capsys.readouterr().out)
-    monkeypatch.setattr(backend, "forward", honest)
     main(["tune", "contrastive_loss", "--shapes", str(mine), "--device", "cpu"])
     assert entries() == {"contrastive_loss.backend": "torch"}
 
 
-def test_a_wrong_answer_of_the_cost_model_is_named(mine, pretended, caplog, monkeypatch):
+def test_a_wrong_answer_of_the_cost_model_is_named(tuned_while_off, caplog):
     """Nothing can be compared with it, so the table has no line for it; but it is what serves."""
-    if _dispatch.module("contrastive_loss", "cpp").unavailable():
-        pytest.skip("em3._C is not built")
-    backend = _dispatch.module("contrastive_loss", "cpp")
-    honest = backend.forward
-    monkeypatch.setattr(backend, "forward", lambda *args: tuple(t + 0.01 for t in honest(*args)))
-    assert main(["tune", "contrastive_loss", "--shapes", str(mine), "--device", "cpu"]) == 0
-    assert entries() == {}
+    tuned_while_off("cpp")
     assert re.search(r"contrastive_loss.backend of B=16 V=8: the cost model's answer .*: cpp: .* is off by .* from float64", caplog.text)
 
 

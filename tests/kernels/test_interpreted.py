@@ -13,6 +13,7 @@ import torch
 
 import em3
 from em3.backends import triton
+from em3.backends.triton import qformer_attention as backend
 from tests import oracle
 from tests.ops.test_qformer_attention import make, op
 
@@ -40,6 +41,14 @@ def test_without_a_gpu_it_says_why_it_cannot_serve():
         op("absorb", "triton")(**args)
     assert triton.unavailable()
     op("absorb", "auto")(**args)
+
+
+def test_items_too_far_apart_for_32_bits_are_refused():
+    far, near = (torch.empty(2, n, 8, device="meta") for n in (2**28, 2**28 - 1))
+    rows = torch.empty(1, 1, 1, 8, device="meta")
+    why = [backend.supports([rows], None, [rows], [x], [None], [None], 2) for x in (far, near)]
+    assert why[0] == "it reads padded tokens whose items lie less than 2147483648 elements apart; make them jagged"
+    assert "are on meta" in why[1]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")

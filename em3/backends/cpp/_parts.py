@@ -12,11 +12,11 @@ STORED = (torch.float32, torch.bfloat16, torch.float16)  # what rows may be stor
 PART = 256  # tokens that a part of an item has at least, so that its own rows of y stay a small share of the work
 
 
-def refusal(rows: Tensor, others: Tensor, name: str) -> str | None:
-    """Why the kernels do not serve rows to read (``name``) and queries of these devices, dtypes and widths; else None."""
+def refusal(rows: Tensor, query: Tensor, name: str) -> str | None:
+    """Why the kernels do not let such a query read such rows, called ``name`` in the answer; None if they do."""
     if rows.device.type != "cpu":
         return f"it computes on the CPU and the tensors are on {rows.device}"
-    for what, tensor in ((name, rows), ("query", others)):
+    for what, tensor in ((name, rows), ("query", query)):
         if tensor.dtype not in STORED:
             return f"it computes in float32 and the {what} is {tensor.dtype}; convert it or use another backend"
     if rows.shape[-1] == 0:

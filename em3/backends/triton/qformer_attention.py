@@ -18,6 +18,7 @@ from . import cannot_use, kernel, unavailable
 __all__ = ["backward", "forward", "supports", "unavailable", "wins"]
 
 MAX_FLOAT32_ROWS = 64
+_LONGEST_ITEM = 2**31  # the kernels are given strides in 32 bits
 _LONGEST_STRIDE = 2**31 // 256  # within a tile of at most 128 tokens the kernels count elements in 32 bits
 
 
@@ -29,6 +30,8 @@ def supports(u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Te
         return "it reads tokens of width 1 and more, and a stream has width 0"
     if any(mask is not None and o is not None for mask, o in zip(masks, offsets, strict=True)):
         return "it takes no mask of a jagged stream; leave the tokens out instead"
+    if any(x.dim() == 3 and abs(x.stride(0)) >= _LONGEST_ITEM for x in values):
+        return f"it reads padded tokens whose items lie less than {_LONGEST_ITEM} elements apart; make them jagged"
     return cannot_use(values[0].device)
 
 
