@@ -155,6 +155,13 @@ static void dots(const Dots& g, int64_t n, int64_t rows) {
   }
 }
 
+// As many rows as a product has, of the same length, that will be read or written after it: brought into the level-2 cache
+// while it computes. They lie `step` floats behind `rows`; null = none.
+struct Soon {
+  const float* const* rows;
+  int64_t step;
+};
+
 // c[i][col..] = (load ? c * pre[i] : 0) + sum_k a[k * lda + i] * b[k][col..], then * post[i]. pre, post: null = 1.
 struct Update {
   const float* a;
@@ -164,11 +171,23 @@ struct Update {
   const float* pre;
   const float* post;
   bool load;
+  const float* packed;  // the full panels of b, [k, kPanel] each, or null
+  Soon soon;
 };
 
-// PART: one vector of which only `tail` floats exist.
-template <int M, int NV, bool PART>
+// rows [k, C] -> the full panels of Update.packed. Memory is read in its order, which is what the processor expects.
+static void pack_panels(const float* rows, int64_t k, int64_t C, float* out) {
+  for (int64_t i = 0; i < k; ++i)
+    for (int64_t c = 0; c + kPanel <= C; c += kPanel)
+      for (int j = 0; j < 2; ++j) store(out + c * k + i * kPanel + j * kVec, load(rows + i * C + c + j * kVec));
+}
+
+// The columns of one register tile: both vectors of a panel in place, or from g.packed; one vector, or `tail` floats of it.
+enum class Strip { panel, packed, vector, part };
+
+template <int M, Strip S>
 EM3_NOINLINE static void update_tile(const Update& g, int64_t row, int64_t col, int tail) {
+  constexpr int NV = S == Strip::panel || S == Strip::packed ? 2 : 1;
   V acc[M][NV];
   float* const* c = g.c + row;
   for (int i = 0; i < M; ++i)
@@ -177,14 +196,14 @@ EM3_NOINLINE static void update_tile(const Update& g, int64_t row, int64_t col, 
     for (int i = 0; i < M; ++i) {
       const V pre = splat(g.pre != nullptr ? g.pre[row + i] : 1.0f);
       for (int j = 0; j < NV; ++j)
-        acc[i][j] = pre * (PART ? load_part(c[i] + col, tail) : load(c[i] + col + j * kVec));
+        acc[i][j] = pre * (S == Strip::part ? load_part(c[i] + col, tail) : load(c[i] + col + j * kVec));
     }
   }
   const float* a = g.a + row;
   for (int64_t k = 0; k < g.k; ++k, a += g.lda) {
-    const float* b = g.b[k] + col;
+    const float* b = S == Strip::packed ? g.packed + col * g.k + k * kPanel : g.b[k] + col;
     V bv[NV];
-    for (int j = 0; j < NV; ++j) bv[j] = PART ? load_part(b, tail) : load(b + j * kVec);
+    for (int j = 0; j < NV; ++j) bv[j] = S == Strip::part ? load_part(b, tail) : load(b + j * kVec);
     for (int i = 0; i < M; ++i) {
       const V av = splat(a[i]);
       for (int j = 0; j < NV; ++j) acc[i][j] = fma(av, bv[j], acc[i][j]);
@@ -193,7 +212,7 @@ EM3_NOINLINE static void update_tile(const Update& g, int64_t row, int64_t col, 
   for (int i = 0; i < M; ++i) {
     const V post = splat(g.post != nullptr ? g.post[row + i] : 1.0f);
     for (int j = 0; j < NV; ++j) {
-      if (PART) {
+      if (S == Strip::part) {
         store_part(c[i] + col, acc[i][j] * post, tail);
       } else {
         store(c[i] + col + j * kVec, acc[i][j] * post);
@@ -205,12 +224,14 @@ EM3_NOINLINE static void update_tile(const Update& g, int64_t row, int64_t col, 
 template <int M>
 EM3_INLINE void update_rows(int m, const Update& g, int64_t row, int64_t col, int64_t left) {
   if (m == M) {
-    if (left >= kPanel) {
-      update_tile<M, 2, false>(g, row, col, 0);
+    if (left >= kPanel && g.packed != nullptr) {
+      update_tile<M, Strip::packed>(g, row, col, 0);
+    } else if (left >= kPanel) {
+      update_tile<M, Strip::panel>(g, row, col, 0);
     } else if (left >= kVec) {
-      update_tile<M, 1, false>(g, row, col, 0);
+      update_tile<M, Strip::vector>(g, row, col, 0);
     } else {
-      update_tile<M, 1, true>(g, row, col, static_cast<int>(left));
+      update_tile<M, Strip::part>(g, row, col, static_cast<int>(left));
     }
   } else if constexpr (M > 1) {
     update_rows<M - 1>(m, g, row, col, left);
@@ -225,6 +246,20 @@ struct Ahead {
   int64_t size;  // bytes of an element
 };
 
+EM3_INLINE void fetch_ahead(const Ahead& ahead, int64_t col, int64_t width) {
+  for (int64_t t = 0; t < ahead.rows; ++t) {
+    const uintptr_t row = ahead.address + static_cast<uintptr_t>(t * ahead.stride);
+    for (int64_t at = col; at < col + width; at += 16) EM3_PREFETCH(row + static_cast<uintptr_t>(at * ahead.size));
+  }
+}
+
+EM3_INLINE void fetch_soon(const Soon& soon, int64_t n, int64_t col, int64_t width) {
+  for (int64_t i = 0; soon.rows != nullptr && i < n; ++i) {
+    const uintptr_t row = reinterpret_cast<uintptr_t>(soon.rows[i]);
+    for (int64_t at = soon.step + col; at < soon.step + col + width; at += 16) EM3_PREFETCH(row + static_cast<uintptr_t>(at * 4));
+  }
+}
+
 EM3_INLINE int64_t strip_width(int64_t left) { return left >= kPanel ? kPanel : left >= kVec ? kVec : left; }
 
 // n rows of c, all C columns.
@@ -232,9 +267,8 @@ static void update(const Update& g, int64_t n, int64_t C, const Ahead& ahead) {
   const RowSplit rows = split_rows(n, kRows);
   for (int64_t col = 0, width; col < C; col += width) {
     width = strip_width(C - col);
-    for (int64_t t = 0; t < ahead.rows; ++t) {
-      for (int64_t at = 0; at < width; at += 16) EM3_PREFETCH(ahead.address + static_cast<uintptr_t>(t * ahead.stride + (col + at) * ahead.size));
-    }
+    fetch_ahead(ahead, col, width);
+    fetch_soon(g.soon, n, col, width);
     int64_t row = 0;
     for (int64_t i = 0; i < rows.blocks; ++i) {
       const int m = static_cast<int>(rows.base + (i < rows.extra));

@@ -1,0 +1,284 @@
+// The backward pass; of qformer_attention_kernel.inl.
+
+constexpr int64_t kWeighed = 32;  // rows of y that dw takes at a time: those of 128 floats fill half a level-1 cache
+
+struct BackwardState {
+  TileScratch tiles;
+  float** dx;                        // [tokens] rows
+  float* w;                          // [tokens, 2 * block]: s then ds on the left, dp then p on the right
+  const float** pair;                // [2 * kBlock] rows of u, then of dy
+  float* lse;                        // [K]
+  float* delta;                      // [K]
+  float* row;                        // [K] a temporary
+  float* bias[kMaxStreams];          // [K] c
+  float* shift[kMaxStreams];         // [K] dmass - delta
+  float* dc[kMaxStreams];            // [K]
+  float* packed_u[kMaxStreams];      // transposed, when it differs from item to item
+  float* packed_dy[kMaxStreams];     // transposed
+  float* both[kMaxStreams];          // u and dy transposed side by side, where K fits one vector
+  float* dy_rows[kMaxStreams];       // [H, items_together * Q, C padded]
+  const float** y_rows;              // [kWeighed]
+  float** dw_rows;                   // [E]
+  float* y_packed;                   // [kWeighed, C]
+  const float** u[kMaxStreams];      // [K] rows
+  const float** dy[kMaxStreams];     // [K] rows
+  float** du[kMaxStreams];           // [K] rows
+  bool touched[kMaxStreams];         // du holds something
+};
+
+EM3_INLINE bool wanted(const BackwardStream& s) { return s.du != nullptr || s.dc != nullptr || s.dx != nullptr; }
+
+static BackwardState backward_state(const BackwardJob& job, Arena& arena) {
+  BackwardState st{};
+  const int64_t K = job.shape.K(), padded = round_up(K, kVec);
+  st.tiles = make_tile_scratch(arena, job.shape, job.streams, job.M);
+  int64_t widest = 0;
+  for (int m = 0; m < job.M; ++m) widest = job.streams[m].tokens.C > widest ? job.streams[m].tokens.C : widest;
+  st.dx = arena.array<float*>(st.tiles.tile.n);
+  st.w = arena.floats(st.tiles.tile.n * 2 * smaller(kBlock, padded));
+  st.pair = arena.array<const float*>(2 * kBlock);
+  st.lse = arena.floats(padded);
+  st.delta = arena.floats(padded);
+  st.row = arena.floats(padded);
+  const int64_t together = items_together(job.shape, job.streams, job.M);
+  st.y_rows = arena.array<const float*>(kWeighed);
+  st.dw_rows = arena.array<float*>(job.shape.E);
+  st.y_packed = arena.floats(kWeighed * widest);
+  for (int m = 0; m < job.M; ++m) {
+    const int64_t C = job.streams[m].tokens.C;
+    st.bias[m] = arena.floats(padded);
+    st.shift[m] = arena.floats(padded);
+    st.dc[m] = arena.floats(padded);
+    st.dy_rows[m] = arena.floats(together * K * round_up(C, kVec));
+    st.u[m] = arena.array<const float*>(K);
+    st.dy[m] = arena.array<const float*>(K);
+    st.du[m] = arena.array<float*>(K);
+    if (few(job.shape)) continue;
+    if (padded == kVec) {
+      st.both[m] = arena.floats(kPanel * C);
+    } else {
+      st.packed_dy[m] = arena.floats(padded * C);
+      if (!job.shape.shared_u) st.packed_u[m] = arena.floats(padded * C);
+    }
+  }
+  return st;
+}
+
+// w holds s and dp of a block; leaves ds and p, and adds ds to dc.
+static void gradient_block(BackwardState& st, int m, int64_t r0, int64_t n, int64_t width) {
+  for (int64_t v = 0; v < width; v += kVec) {
+    float* w = st.w + v;
+    const int64_t r = r0 + v;
+    const V offset = load(st.bias[m] + r) - load(st.lse + r), shift = load(st.shift[m] + r);
+    V total = zero();
+    for (int64_t t = 0; t < n; ++t, w += 2 * width) {
+      const V p = vexp(load(w) + offset);
+      const V ds = p * (load(w + width) + shift);
+      store(w, ds);
+      store(w + width, p);
+      total = total + ds;
+    }
+    store(st.dc[m] + r, load(st.dc[m] + r) + total);
+  }
+}
+
+static void backward_tile(const BackwardJob& job, BackwardState& st, int m, const Tokens& tokens) {
+  const BackwardStream& s = job.streams[m];
+  const Tile& tile = st.tiles.tile;
+  const int64_t K = job.shape.K(), padded = round_up(K, kVec), C = s.tokens.C;
+  const float* packed_u = job.shape.shared_u ? job.packed_u[m] : st.packed_u[m];
+  if (s.dx != nullptr) {
+    for (int64_t t = 0; t < tile.n; ++t) st.dx[t] = s.dx + (tokens.first + tile.index[t]) * C;
+  }
+  for (int64_t r0 = 0; r0 < K; r0 += kBlock) {
+    const int64_t width = smaller(kBlock, padded - r0), rows = smaller(kBlock, K - r0);
+    if (few(job.shape)) {
+      if (K < width) fill(st.w, tile.n * 2 * width, 0.0f);
+      dots({tile.rows, st.u[m], C, st.w, 2 * width, !tile.copied}, tile.n, K);
+      dots({tile.rows, st.dy[m], C, st.w + width, 2 * width, false}, tile.n, K);
+    } else if (padded == kVec) {
+      scores({tile.x, tile.stride, st.both[m], C, st.w, kPanel}, tile.n, kPanel);
+    } else {
+      scores({tile.x, tile.stride, packed_u + r0 * C, C, st.w, 2 * width}, tile.n, width);
+      scores({tile.x, tile.stride, st.packed_dy[m] + r0 * C, C, st.w + width, 2 * width}, tile.n, width);
+    }
+    gradient_block(st, m, r0, tile.n, width);
+    if (s.du != nullptr) {
+      const Update g{st.w, 2 * width, tile.n, tile.rows, st.du[m] + r0, nullptr, nullptr, st.touched[m], nullptr, {}};
+      update(g, rows, C, r0 == 0 ? tile.ahead : Ahead{});
+    }
+    if (s.dx == nullptr) continue;
+    for (int64_t r = 0; r < rows; ++r) {
+      st.pair[r] = st.u[m][r0 + r];
+      st.pair[rows + r] = st.dy[m][r0 + r];
+    }
+    outer({st.w, 2 * width, width, rows, st.pair, st.dx, r0 != 0}, tile.n, C);
+  }
+  st.touched[m] = true;
+}
+
+// The rows of dy, and those of u that are not shared, transposed.
+static void pack_item(const BackwardJob& job, BackwardState& st, int m) {
+  const int64_t K = job.shape.K(), C = job.streams[m].tokens.C;
+  if (round_up(K, kVec) == kVec) {
+    transpose_rows(st.dy[m], K, kVec, C, kPanel, st.both[m] + kVec);
+    if (!job.shape.shared_u) transpose_rows(st.u[m], K, kVec, C, kPanel, st.both[m]);
+  } else {
+    pack_transposed(st.dy[m], K, C, st.packed_dy[m]);
+    if (!job.shape.shared_u) pack_transposed(st.u[m], K, C, st.packed_u[m]);
+  }
+}
+
+// delta, the rows of dy and everything else that belongs to item b alone. first: the item that dy_rows begin with.
+static void prepare_item(const BackwardJob& job, BackwardState& st, int64_t b, int64_t first, int64_t items,
+                         const Tokens* tokens) {
+  const Shape& shape = job.shape;
+  const int64_t B = shape.B, H = shape.H, Q = shape.Q, K = shape.K(), E = shape.E;
+  gather_rows(job.lse, B, b, H, Q, st.lse);
+  for (int64_t r = 0; r < K; ++r) {
+    const int64_t at = ((r / Q * B + b) * Q + r % Q) * E;
+    st.lse[r] = st.lse[r] == -INFINITY ? 0.0f : st.lse[r];
+    st.delta[r] = dot(job.dout + at, job.o + at, E);
+  }
+  for (int m = 0; m < job.M; ++m) {
+    const BackwardStream& s = job.streams[m];
+    row_table<const float>(st.dy_rows[m], items, b - first, H, Q, round_up(s.tokens.C, kVec), st.dy[m]);
+    gather_rows(s.dmass, B, b, H, Q, st.shift[m]);
+    if (s.dmass == nullptr) continue;
+    gather_rows(s.mass, B, b, H, Q, st.row);
+    for (int64_t r = 0; r < K; ++r) st.delta[r] += st.shift[m][r] * st.row[r];
+  }
+  for (int m = 0; m < job.M; ++m) {
+    const BackwardStream& s = job.streams[m];
+    for (int64_t r = 0; r < K; ++r) st.shift[m][r] -= st.delta[r];
+    row_table(s.u, shape.shared_u ? 1 : B, shape.shared_u ? 0 : b, H, Q, s.tokens.C, st.u[m]);
+    if (tokens[m].present == 0 || !wanted(s)) continue;
+    if (!few(shape)) pack_item(job, st, m);
+    if (!shape.shared_u) gather_rows(s.c, B, b, H, Q, st.bias[m]);
+  }
+}
+
+// Points du at where the sums go: this part's [K, C], or the item's own rows of the output.
+static void start_sums(const BackwardJob& job, BackwardState& st, int64_t items, int64_t b, const Gradients& to) {
+  const Shape& shape = job.shape;
+  for (int m = 0; m < job.M; ++m) {
+    st.touched[m] = false;
+    fill(st.dc[m], round_up(shape.K(), kVec), 0.0f);
+    if (to.du[m] != nullptr) row_table(to.du[m], items, b, shape.H, shape.Q, job.streams[m].tokens.C, st.du[m]);
+  }
+}
+
+static void finish_sums(const BackwardJob& job, BackwardState& st, int64_t items, int64_t b, const Gradients& to) {
+  const Shape& shape = job.shape;
+  for (int m = 0; m < job.M; ++m) {
+    if (to.dc[m] != nullptr) scatter_rows(st.dc[m], items, b, shape.H, shape.Q, to.dc[m]);
+    if (to.du[m] == nullptr || st.touched[m]) continue;
+    for (int64_t r = 0; r < shape.K(); ++r) fill(st.du[m][r], job.streams[m].tokens.C, 0.0f);
+  }
+}
+
+static void backward_item(const BackwardJob& job, BackwardState& st, int64_t b, int64_t first, int64_t items) {
+  Tokens tokens[kMaxStreams];
+  bool any = false;
+  for (int m = 0; m < job.M; ++m) {
+    tokens[m] = item_tokens(job.streams[m].tokens, b);
+    any = any || (tokens[m].present > 0 && wanted(job.streams[m]));
+  }
+  if (any) prepare_item(job, st, b, first, items, tokens);
+  for (int m = 0; m < job.M; ++m) {
+    const BackwardStream& s = job.streams[m];
+    const Tokens& t = tokens[m];
+    if (s.dx != nullptr && !t.all_present()) {
+      for (int64_t i = 0; i < t.n; ++i) {
+        if (!t.has(i)) fill(s.dx + (t.first + i) * t.C, t.C, 0.0f);
+      }
+    }
+    if (!wanted(s)) continue;
+    const int64_t limit = tile_limit(t.C), tiles = (t.present + limit - 1) / limit;
+    int64_t at = 0, left = t.present;
+    for (int64_t i = 0; i < tiles; ++i) {
+      at = next_tile(t, at, (left + tiles - i - 1) / (tiles - i), few(job.shape), st.tiles.copy,
+                     st.tiles.tile);
+      left -= st.tiles.tile.n;
+      backward_tile(job, st, m, t);
+    }
+  }
+}
+
+static int64_t backward_scratch(const BackwardJob& job) {
+  Arena arena{nullptr, 0};
+  backward_state(job, arena);
+  return arena.used;
+}
+
+// dy = dout w of items begin .. end.
+static void read_back(const BackwardJob& job, BackwardState& st, int64_t begin, int64_t end) {
+  const Shape& shape = job.shape;
+  const int64_t E = shape.E, rows = (end - begin) * shape.Q;
+  if (rows == 0) return;
+  for (int m = 0; m < job.M; ++m) {
+    if (!wanted(job.streams[m])) continue;
+    const int64_t ld = round_up(job.streams[m].tokens.C, kVec);
+    for (int64_t h = 0; h < shape.H; ++h) {
+      const float* dout = job.dout + (h * shape.B + begin) * shape.Q * E;
+      scores({dout, E, job.packed_w[m] + h * E * ld, E, st.dy_rows[m] + h * rows * ld, ld}, rows, ld);
+    }
+  }
+}
+
+// dw = dout^T y of items begin .. end: one head of a stream after the other, whose y, which nothing else reads, comes from
+// memory in its order.
+static void weigh(const BackwardJob& job, BackwardState& st, int m, int64_t begin, int64_t end, float* dw) {
+  const Shape& shape = job.shape;
+  const int64_t E = shape.E, C = job.streams[m].tokens.C, rows = (end - begin) * shape.Q;
+  if (rows == 0 || E == 0) return fill(dw, shape.H * E * C, 0.0f);
+  for (int64_t h = 0; h < shape.H; ++h) {
+    for (int64_t e = 0; e < E; ++e) st.dw_rows[e] = dw + (h * E + e) * C;
+    for (int64_t i = 0; i < rows; i += kWeighed) {
+      const int64_t first = (h * shape.B + begin) * shape.Q + i, n = smaller(kWeighed, rows - i);
+      const float* const y = job.streams[m].y + first * C;
+      for (int64_t k = 0; k < n; ++k) st.y_rows[k] = y + k * C;
+      pack_panels(y, n, C, st.y_packed);
+      update({job.dout + first * E, E, n, st.y_rows, st.dw_rows, nullptr, nullptr, i > 0, st.y_packed, {}}, E, C, Ahead{});
+    }
+  }
+}
+
+static void start_part(const BackwardJob& job, BackwardState& st) {
+  const Shape& shape = job.shape;
+  const int64_t padded = round_up(shape.K(), kVec);
+  fill(st.lse, padded, 0.0f);
+  fill(st.delta, padded, 0.0f);
+  for (int m = 0; m < job.M; ++m) {
+    const BackwardStream& s = job.streams[m];
+    fill(st.bias[m], padded, 0.0f);
+    fill(st.shift[m], padded, 0.0f);
+    if (!shape.shared_u) continue;
+    gather_rows(s.c, 1, 0, shape.H, shape.Q, st.bias[m]);
+    row_table(s.u, 1, 0, shape.H, shape.Q, s.tokens.C, st.u[m]);
+    if (padded == kVec && !few(shape)) transpose_rows(st.u[m], shape.K(), kVec, s.tokens.C, kPanel, st.both[m]);
+  }
+}
+
+// to: where this part's sums go; du and dc the outputs themselves where u is not shared.
+static void backward_items(const BackwardJob& job, int64_t begin, int64_t end, const Gradients& to, float* scratch) {
+  Arena arena{scratch, 0};
+  BackwardState st = backward_state(job, arena);
+  const Shape& shape = job.shape;
+  start_part(job, st);
+  if (shape.shared_u) start_sums(job, st, 1, 0, to);
+  const int64_t together = items_together(shape, job.streams, job.M);
+  for (int64_t first = begin; first < end; first += together) {
+    const int64_t stop = smaller(first + together, end);
+    read_back(job, st, first, stop);
+    for (int64_t b = first; b < stop; ++b) {
+      if (!shape.shared_u) start_sums(job, st, shape.B, b, to);
+      backward_item(job, st, b, first, stop - first);
+      if (!shape.shared_u) finish_sums(job, st, shape.B, b, to);
+    }
+  }
+  if (shape.shared_u) finish_sums(job, st, 1, 0, to);
+  for (int m = 0; m < job.M; ++m) {
+    if (to.dw[m] != nullptr) weigh(job, st, m, begin, end, to.dw[m]);
+  }
+}

@@ -1,0 +1,208 @@
+// The forward pass; of qformer_attention_kernel.inl.
+
+// What one worker holds for the rows of an item. [K] means padded to a multiple of kVec.
+struct ForwardState {
+  TileScratch tiles;
+  float* s;                         // [tokens, kBlock]
+  float* reference;                 // [K] what is subtracted in exp: within kSlack below the row maximum seen so far
+  float* inverse;                   // [K] 1 / sum of exp
+  float* bias[kMaxStreams];         // [K] c
+  float* sum[kMaxStreams];          // [K] sum of exp over the tokens of the stream
+  float* owed[kMaxStreams];         // [K] factor that y has still to be multiplied by
+  float* packed[kMaxStreams];       // u transposed, when it differs from item to item
+  float** y[kMaxStreams];           // [K] rows
+  const float** u[kMaxStreams];     // [K] rows
+  float* values;                    // [items_together * Q, E] of one head and stream
+};
+
+// y and the sums are rescaled only when a row's maximum has grown by more than this, since exp(8) loses nothing in
+// float32. Most items then never rescale.
+constexpr float kSlack = 8.0f;
+constexpr float kLowest = -1.0e38f;
+
+static ForwardState forward_state(const ForwardJob& job, Arena& arena) {
+  ForwardState st{};
+  const int64_t K = job.shape.K(), padded = round_up(K, kVec);
+  st.tiles = make_tile_scratch(arena, job.shape, job.streams, job.M);
+  st.s = arena.floats(st.tiles.tile.n * smaller(kBlock, padded));
+  st.reference = arena.floats(padded);
+  st.inverse = arena.floats(padded);
+  st.values = arena.floats(items_together(job.shape, job.streams, job.M) * job.shape.Q * round_up(job.shape.E, kVec));
+  for (int m = 0; m < job.M; ++m) {
+    st.bias[m] = arena.floats(padded);
+    st.sum[m] = arena.floats(padded);
+    st.owed[m] = arena.floats(padded);
+    st.y[m] = arena.array<float*>(K);
+    st.u[m] = arena.array<const float*>(K);
+    if (!job.shape.shared_u && !few(job.shape)) st.packed[m] = arena.floats(padded * job.streams[m].tokens.C);
+  }
+  return st;
+}
+
+// s[n, ld] -> exp(s + bias - reference), with the sums brought up to date. r0: the block's first row.
+static void softmax_block(ForwardState& st, int M, int m, int64_t r0, int64_t n, int64_t ld) {
+  for (int64_t v = 0; v < ld; v += kVec) {
+    float* s = st.s + v;
+    const int64_t r = r0 + v;
+    const V bias = load(st.bias[m] + r), old = load(st.reference + r);
+    V top = splat(kLowest);
+    for (int64_t t = 0; t < n; ++t) top = vmax(top, load(s + t * ld) + bias);
+    V now = old;
+    if (any_greater(top, old + splat(kSlack))) {
+      now = where_greater(top, old + splat(kSlack), top, old);
+      const V factor = vexp(old - now);
+      store(st.reference + r, now);
+      for (int i = 0; i < M; ++i) {
+        store(st.sum[i] + r, load(st.sum[i] + r) * factor);
+        store(st.owed[i] + r, load(st.owed[i] + r) * factor);
+      }
+    }
+    const V shift = bias - now;
+    V sum = zero();
+    for (int64_t t = 0; t < n; ++t) {
+      const V p = vexp(load(s + t * ld) + shift);
+      store(s + t * ld, p);
+      sum = sum + p;
+    }
+    store(st.sum[m] + r, load(st.sum[m] + r) + sum);
+  }
+}
+
+static void invert_sums(ForwardState& st, int M, int64_t r0, int64_t width) {
+  for (int64_t r = r0; r < r0 + width; ++r) {
+    float total = 0.0f;
+    for (int m = 0; m < M; ++m) total += st.sum[m][r];
+    st.inverse[r] = total == 0.0f ? 0.0f : 1.0f / total;
+  }
+}
+
+static void forward_tile(const ForwardJob& job, ForwardState& st, int m, bool first, bool last) {
+  const Tile& tile = st.tiles.tile;
+  const int64_t K = job.shape.K(), padded = round_up(K, kVec), C = job.streams[m].tokens.C;
+  const float* packed = job.shape.shared_u ? job.packed_u[m] : st.packed[m];
+  for (int64_t r0 = 0; r0 < K; r0 += kBlock) {
+    const int64_t ld = smaller(kBlock, padded - r0);
+    if (few(job.shape)) {
+      if (K < ld) fill(st.s, tile.n * ld, 0.0f);
+      dots({tile.rows, st.u[m], C, st.s, ld, !tile.copied}, tile.n, K);
+    } else {
+      scores({tile.x, tile.stride, packed + r0 * C, C, st.s, ld}, tile.n, ld);
+    }
+    softmax_block(st, job.M, m, r0, tile.n, ld);
+    if (last) invert_sums(st, job.M, r0, ld);
+    // The same rows of the next item.
+    const Soon soon{first ? st.y[m] + r0 : nullptr, job.shape.Q * C};
+    const Update g{st.s, ld, tile.n, tile.rows, st.y[m] + r0, st.owed[m] + r0, last ? st.inverse + r0 : nullptr, !first, nullptr, soon};
+    update(g, smaller(kBlock, K - r0), C, r0 == 0 ? tile.ahead : Ahead{});
+    fill(st.owed[m] + r0, ld, 1.0f);
+  }
+}
+
+// Streams that were finished before the softmax's denominator was known, and streams without tokens.
+static void finish_y(const ForwardJob& job, ForwardState& st, const bool* touched, int last_stream) {
+  for (int m = 0; m < job.M; ++m) {
+    if (m == last_stream) continue;
+    const int64_t C = job.streams[m].tokens.C;
+    for (int64_t r = 0; r < job.shape.K(); ++r) {
+      float* y = st.y[m][r];
+      const float factor = st.owed[m][r] * st.inverse[r];
+      if (!touched[m]) {
+        fill(y, C, 0.0f);
+      } else {
+        for (int64_t c = 0; c < C; ++c) y[c] *= factor;
+      }
+    }
+  }
+}
+
+static void finish_statistics(const ForwardJob& job, ForwardState& st, int64_t b) {
+  const Shape& shape = job.shape;
+  for (int m = 0; m < job.M; ++m) {
+    if (job.streams[m].mass == nullptr) continue;
+    for (int64_t r = 0; r < shape.K(); ++r) st.owed[m][r] = st.sum[m][r] * st.inverse[r];
+    scatter_rows(st.owed[m], shape.B, b, shape.H, shape.Q, job.streams[m].mass);
+  }
+  for (int64_t r = 0; r < shape.K(); ++r) {
+    float total = 0.0f;
+    for (int m = 0; m < job.M; ++m) total += st.sum[m][r];
+    st.reference[r] += ::logf(total);  // no token: -inf
+  }
+  scatter_rows(st.reference, shape.B, b, shape.H, shape.Q, job.lse);
+}
+
+static void forward_item(const ForwardJob& job, ForwardState& st, int64_t b) {
+  const Shape& shape = job.shape;
+  const int64_t K = shape.K(), padded = round_up(K, kVec);
+  Tokens tokens[kMaxStreams];
+  bool touched[kMaxStreams];
+  int last_stream = -1;
+  fill(st.reference, padded, kLowest);
+  fill(st.inverse, padded, 0.0f);
+  for (int m = 0; m < job.M; ++m) {
+    const ForwardStream& s = job.streams[m];
+    tokens[m] = item_tokens(s.tokens, b);
+    touched[m] = tokens[m].present > 0;
+    if (touched[m]) last_stream = m;
+    fill(st.sum[m], padded, 0.0f);
+    fill(st.owed[m], padded, 1.0f);
+    row_table(s.y, shape.B, b, shape.H, shape.Q, s.tokens.C, st.y[m]);
+    if (shape.shared_u || !touched[m]) continue;
+    row_table(s.u, shape.B, b, shape.H, shape.Q, s.tokens.C, st.u[m]);
+    if (!few(shape)) pack_transposed(st.u[m], K, s.tokens.C, st.packed[m]);
+    gather_rows(s.c, shape.B, b, shape.H, shape.Q, st.bias[m]);
+  }
+  for (int m = 0; m < job.M; ++m) {
+    const int64_t limit = tile_limit(tokens[m].C), tiles = (tokens[m].present + limit - 1) / limit;
+    int64_t at = 0, left = tokens[m].present;
+    for (int64_t i = 0; i < tiles; ++i) {
+      at = next_tile(tokens[m], at, (left + tiles - i - 1) / (tiles - i), few(job.shape), st.tiles.copy,
+                     st.tiles.tile);
+      left -= st.tiles.tile.n;
+      forward_tile(job, st, m, i == 0, m == last_stream && i + 1 == tiles);
+    }
+  }
+  finish_y(job, st, touched, last_stream);
+  finish_statistics(job, st, b);
+}
+
+// o of items begin .. end from their y.
+static void project_items(const ForwardJob& job, ForwardState& st, int64_t begin, int64_t end) {
+  const Shape& shape = job.shape;
+  const int64_t E = shape.E, ld = round_up(E, kVec), rows = (end - begin) * shape.Q;
+  if (rows == 0 || E == 0) return;
+  for (int64_t h = 0; h < shape.H; ++h) {
+    const int64_t first = (h * shape.B + begin) * shape.Q;
+    for (int m = 0; m < job.M; ++m) {
+      const int64_t C = job.streams[m].tokens.C;
+      scores({job.streams[m].y + first * C, C, job.packed_w[m] + h * ld * C, C, st.values, ld}, rows, ld);
+      for (int64_t i = 0; i < rows; ++i) {
+        float* o = job.o + (first + i) * E;
+        for (int64_t e = 0; e < E; ++e) o[e] = m == 0 ? st.values[i * ld + e] : o[e] + st.values[i * ld + e];
+      }
+    }
+  }
+}
+
+static int64_t forward_scratch(const ForwardJob& job) {
+  Arena arena{nullptr, 0};
+  forward_state(job, arena);
+  return arena.used;
+}
+
+static void forward_items(const ForwardJob& job, int64_t begin, int64_t end, float* scratch) {
+  Arena arena{scratch, 0};
+  ForwardState st = forward_state(job, arena);
+  const Shape& shape = job.shape;
+  for (int m = 0; m < job.M; ++m) {
+    fill(st.bias[m], round_up(shape.K(), kVec), 0.0f);
+    if (!shape.shared_u) continue;
+    gather_rows(job.streams[m].c, 1, 0, shape.H, shape.Q, st.bias[m]);
+    row_table(job.streams[m].u, 1, 0, shape.H, shape.Q, job.streams[m].tokens.C, st.u[m]);
+  }
+  const int64_t together = items_together(shape, job.streams, job.M);
+  for (int64_t b = begin; b < end; b += together) {
+    const int64_t stop = smaller(b + together, end);
+    for (int64_t i = b; i < stop; ++i) forward_item(job, st, i);
+    project_items(job, st, b, stop);
+  }
+}
