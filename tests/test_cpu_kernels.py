@@ -18,6 +18,7 @@ from em3.backends.cpp import _parts
 from em3.backends.cpp import qformer_attention as kernel
 from tests import oracle
 from tests.ops import test_contrastive_loss as contrast
+from tests.ops import test_dropout as dropout
 from tests.ops import test_lora_target_attention as target
 from tests.ops.test_qformer_attention import as_streams, make, op
 
@@ -48,6 +49,12 @@ def forced_isa(request, monkeypatch):
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
     monkeypatch.setattr(cpp, "isa", request.param)
+
+
+def test_dropout_on_every_instruction_set(forced_isa):
+    """One item of 1,300 tokens is cut into parts, and its tokens into tiles: the mask must not see it."""
+    made = make(1, 3, 5, 8, [24, 16], [1300, [700]], masked=True)
+    oracle.check(dropout.op("cpp", 0.3, 5), dropout.dropped(0.3, 5), made, torch.float32)
 
 
 @pytest.mark.parametrize("per_item", [False, True])

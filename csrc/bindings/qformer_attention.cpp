@@ -2,6 +2,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "../cpu/isa.h"
@@ -63,7 +64,7 @@ struct QformerCall {
     std::vector<TokenStream> tokens;
 
     QformerCall(const py::list& u, const py::list& values, const py::list& offsets, const py::list& masks,
-                const py::object& o_given, const py::object& lse_given) {
+                const py::object& o_given, const py::object& lse_given, const py::object& drop) {
         const Tensor lse_tensor = tensor(lse_given, "lse");
         lse_tensor.require_shape({-1, -1, -1});
         const Sizes sizes = lse_tensor.shape();  // [H, B, Q]
@@ -80,6 +81,7 @@ struct QformerCall {
         o_tensor.require_shape({sizes[0], sizes[1], sizes[2], -1});
         o = o_tensor.block<float>(o_tensor.shape());
         shape = {sizes[1], sizes[0], sizes[2], o_tensor.shape()[3], shared};
+        if (!drop.is_none()) shape.drop = dropout(drop);
         Bu = shared ? 1 : shape.B;
         for (std::size_t m = 0; m < values.size(); ++m) tokens.push_back(stream(m, values[m], offsets[m], masks[m]));
     }
@@ -90,6 +92,11 @@ struct QformerCall {
     Sizes stacked(const Sizes& of_one) const { return {M, of_one[0], of_one[1], of_one[2]}; }
 
  private:
+    static Dropout dropout(const py::object& given) {
+        const auto [threshold, factor, seed] = given.cast<std::tuple<std::uint32_t, float, std::uint64_t>>();
+        return {threshold, factor, static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)};
+    }
+
     TokenStream stream(std::size_t m, const py::handle& values, const py::handle& offsets,
                             const py::handle& mask) const {
         const Tensor x = tensor(values, "values", m);
@@ -118,13 +125,15 @@ bfloat16 or float16.
 u: [H, Bu, Q, C_m] each, Bu = 1 where all B items share them. c: [M, H, Bu, Q] or None. w: [H, E, C_m] each. values:
 [B, n, C_m] each, or [T, C_m] with offsets [B + 1] int64. masks: [B, n] or [T] bool each, or None. Writes y
 [H, B, Q, C_m] each, o [H, B, Q, E], mass [M, H, B, Q] and lse [H, B, Q]. Everything is contiguous but values, which only
-have their rows in one piece. isa: "" for the widest instruction set of this processor.)";
+have their rows in one piece. drop: None, or below which of 2^24 a weight is dropped, what the others are multiplied with,
+and a seed. isa: "" for the widest instruction set of this processor.)";
 
 void qformer_forward(const py::list& u, const py::object& c, const py::list& w, const py::list& values,
                      const py::list& offsets, const py::list& masks, const py::list& y, const py::object& o,
-                     const py::object& mass, const py::object& lse, int threads, const std::string& isa) {
+                     const py::object& mass, const py::object& lse, int threads, const std::string& isa,
+                     const py::object& drop) {
     const Isa path = resolve_isa(isa);
-    const QformerCall call(u, values, offsets, masks, o, lse);
+    const QformerCall call(u, values, offsets, masks, o, lse, drop);
     const PerStream queries{u, "u", call.by_query()}, weights{one_each(w, values.size(), "w"), "w", call.by_value()};
     const PerStream read{one_each(y, values.size(), "y"), "y", call.by_item()};
     const Stacked bias(c, "c", call.stacked(call.by_query())), masses(mass, "mass", call.stacked(call.by_item()));
@@ -145,10 +154,10 @@ but contiguous. du and dc are wanted or None together; dw and dx hold None for e
 void qformer_backward(const py::object& dout, const py::object& dmass, const py::list& u, const py::object& c,
                       const py::list& w, const py::list& values, const py::list& offsets, const py::list& masks,
                       const py::list& y, const py::object& o, const py::object& mass, const py::object& lse,
-                      const py::object& du, const py::object& dc, const py::list& dw, const py::list& dx, int threads,
-                      const std::string& isa) {
+                      const py::object& du, const py::object& dc, const py::list& dw, const py::list& dx,
+                      int threads, const std::string& isa, const py::object& drop) {
     const Isa path = resolve_isa(isa);
-    const QformerCall call(u, values, offsets, masks, o, lse);
+    const QformerCall call(u, values, offsets, masks, o, lse, drop);
     const std::size_t count = values.size();
     const Sizes by_item = call.by_item(), by_query = call.by_query();
     const PerStream queries{u, "u", by_query}, weights{one_each(w, count, "w"), "w", call.by_value()};
@@ -176,11 +185,11 @@ void qformer_backward(const py::object& dout, const py::object& dmass, const py:
 void bind_qformer_attention(py::module_& m) {
     m.def("qformer_attention_forward", &qformer_forward, py::arg("u"), py::arg("c"), py::arg("w"), py::arg("values"),
           py::arg("offsets"), py::arg("masks"), py::arg("y"), py::arg("o"), py::arg("mass"), py::arg("lse"),
-          py::arg("threads"), py::arg("isa") = "", kQformerForward);
+          py::arg("threads"), py::arg("isa") = "", py::arg("drop") = py::none(), kQformerForward);
     m.def("qformer_attention_backward", &qformer_backward, py::arg("dout"), py::arg("dmass"), py::arg("u"),
           py::arg("c"), py::arg("w"), py::arg("values"), py::arg("offsets"), py::arg("masks"), py::arg("y"),
           py::arg("o"), py::arg("mass"), py::arg("lse"), py::arg("du"), py::arg("dc"), py::arg("dw"), py::arg("dx"),
-          py::arg("threads"), py::arg("isa") = "", kQformerBackward);
+          py::arg("threads"), py::arg("isa") = "", py::arg("drop") = py::none(), kQformerBackward);
 }
 
 }  // namespace em3

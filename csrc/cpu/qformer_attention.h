@@ -41,9 +41,17 @@ struct TokenStream {
   std::int64_t x_rows;
 };
 
+// y and mass take p times a factor, 0 or 1 / (1 - probability), that a seed and the place of p determine.
+struct Dropout {
+  std::uint32_t threshold = 0;  // below it, of 2^24, a weight is dropped; 0 = no dropout
+  float factor = 1.0f;
+  std::uint32_t seed_low = 0, seed_high = 0;
+};
+
 struct Shape {
   std::int64_t B, H, Q, E;
   bool shared_u;  // u and c have no item dimension: Bu = 1, else Bu = B
+  Dropout drop = {};
   std::int64_t K() const { return H * Q; }
 };
 

@@ -10,6 +10,7 @@ struct BackwardState {
   float* lse;                        // [K]
   float* delta;                      // [K]
   float* row;                        // [K] a temporary
+  float* factors;                    // [kBlock] of dropout
   float* bias[kMaxStreams];          // [K] c
   float* shift[kMaxStreams];         // [K] dmass - delta
   float* dc[kMaxStreams];            // [K]
@@ -40,6 +41,7 @@ static BackwardState backward_state(const BackwardJob& job, Arena& arena) {
   st.lse = arena.floats(padded);
   st.delta = arena.floats(padded);
   st.row = arena.floats(padded);
+  st.factors = arena.floats(kBlock);
   const int64_t together = items_together(job.shape, job.streams, job.M);
   st.y_rows = arena.array<const float*>(kWeighed);
   st.dw_rows = arena.array<float*>(job.shape.E);
@@ -82,6 +84,24 @@ static void gradient_block(BackwardState& st, int m, int64_t r0, int64_t n, int6
   }
 }
 
+// The same with dropout: the gradient reaches p through its factor, and what multiplies dy is p times that.
+static void gradient_block(const Dropout& drop, BackwardState& st, int m, int64_t first_token, int64_t r0, int64_t width) {
+  const Tile& tile = st.tiles.tile;
+  for (int64_t t = 0; t < tile.n; ++t) {
+    draw(drop, m, first_token + tile.index[t], r0, width, st.factors);
+    for (int64_t v = 0; v < width; v += kVec) {
+      float* w = st.w + t * 2 * width + v;
+      const int64_t r = r0 + v;
+      const V factor = load(st.factors + v), delta = load(st.delta + r), dmass = load(st.shift[m] + r) + delta;
+      const V p = vexp(load(w) + load(st.bias[m] + r) - load(st.lse + r));
+      const V ds = p * (factor * (load(w + width) + dmass) - delta);
+      store(w, ds);
+      store(w + width, p * factor);
+      store(st.dc[m] + r, load(st.dc[m] + r) + ds);
+    }
+  }
+}
+
 static void backward_tile(const BackwardJob& job, BackwardState& st, int m, const Tokens& tokens) {
   const BackwardStream& s = job.streams[m];
   const Tile& tile = st.tiles.tile;
@@ -102,7 +122,11 @@ static void backward_tile(const BackwardJob& job, BackwardState& st, int m, cons
       scores({tile.x, tile.stride, packed_u + r0 * C, C, st.w, 2 * width}, tile.n, width);
       scores({tile.x, tile.stride, st.packed_dy[m] + r0 * C, C, st.w + width, 2 * width}, tile.n, width);
     }
-    gradient_block(st, m, r0, tile.n, width);
+    if (job.shape.drop.threshold > 0) {
+      gradient_block(job.shape.drop, st, m, tokens.first, r0, width);
+    } else {
+      gradient_block(st, m, r0, tile.n, width);
+    }
     if (s.du != nullptr) {
       const Update g{st.w, 2 * width, tile.n, tile.rows, st.du[m] + r0, nullptr, nullptr, st.touched[m], nullptr, {}};
       update(g, rows, C, r0 == 0 ? tile.ahead : Ahead{});

@@ -8,6 +8,8 @@ struct ForwardState {
   float* inverse;                   // [K] 1 / sum of exp
   float* bias[kMaxStreams];         // [K] c
   float* sum[kMaxStreams];          // [K] sum of exp over the tokens of the stream
+  float* kept[kMaxStreams];         // [K] the same after dropout
+  float* factors;                   // [kBlock] of dropout
   float* owed[kMaxStreams];         // [K] factor that y has still to be multiplied by
   float* packed[kMaxStreams];       // u transposed, when it differs from item to item
   float** y[kMaxStreams];           // [K] rows
@@ -27,10 +29,12 @@ static ForwardState forward_state(const ForwardJob& job, Arena& arena) {
   st.s = arena.floats(st.tiles.tile.n * smaller(kBlock, padded));
   st.reference = arena.floats(padded);
   st.inverse = arena.floats(padded);
+  st.factors = arena.floats(kBlock);
   st.values = arena.floats(items_together(job.shape, job.streams, job.M) * job.shape.Q * round_up(job.shape.E, kVec));
   for (int m = 0; m < job.M; ++m) {
     st.bias[m] = arena.floats(padded);
     st.sum[m] = arena.floats(padded);
+    st.kept[m] = arena.floats(padded);
     st.owed[m] = arena.floats(padded);
     st.y[m] = arena.array<float*>(K);
     st.u[m] = arena.array<const float*>(K);
@@ -54,6 +58,7 @@ static void softmax_block(ForwardState& st, int M, int m, int64_t r0, int64_t n,
       store(st.reference + r, now);
       for (int i = 0; i < M; ++i) {
         store(st.sum[i] + r, load(st.sum[i] + r) * factor);
+        store(st.kept[i] + r, load(st.kept[i] + r) * factor);
         store(st.owed[i] + r, load(st.owed[i] + r) * factor);
       }
     }
@@ -68,6 +73,19 @@ static void softmax_block(ForwardState& st, int M, int m, int64_t r0, int64_t n,
   }
 }
 
+// Multiplies s[n, ld], the weights of a block, with the factors of dropout. The softmax's denominator counts all of them.
+static void drop_block(const Dropout& drop, ForwardState& st, int m, int64_t first_token, int64_t r0, int64_t ld) {
+  const Tile& tile = st.tiles.tile;
+  for (int64_t t = 0; t < tile.n; ++t) {
+    draw(drop, m, first_token + tile.index[t], r0, ld, st.factors);
+    for (int64_t v = 0; v < ld; v += kVec) {
+      const V p = load(st.s + t * ld + v) * load(st.factors + v);
+      store(st.s + t * ld + v, p);
+      store(st.kept[m] + r0 + v, load(st.kept[m] + r0 + v) + p);
+    }
+  }
+}
+
 static void invert_sums(ForwardState& st, int M, int64_t r0, int64_t width) {
   for (int64_t r = r0; r < r0 + width; ++r) {
     float total = 0.0f;
@@ -76,7 +94,7 @@ static void invert_sums(ForwardState& st, int M, int64_t r0, int64_t width) {
   }
 }
 
-static void forward_tile(const ForwardJob& job, ForwardState& st, int m, bool first, bool last) {
+static void forward_tile(const ForwardJob& job, ForwardState& st, int m, int64_t first_token, bool first, bool last) {
   const Tile& tile = st.tiles.tile;
   const int64_t K = job.shape.K(), padded = round_up(K, kVec), C = job.streams[m].tokens.C;
   const float* packed = job.shape.shared_u ? job.packed_u[m] : st.packed[m];
@@ -89,6 +107,7 @@ static void forward_tile(const ForwardJob& job, ForwardState& st, int m, bool fi
       scores({tile.x, tile.stride, packed + r0 * C, C, st.s, ld}, tile.n, ld);
     }
     softmax_block(st, job.M, m, r0, tile.n, ld);
+    if (job.shape.drop.threshold > 0) drop_block(job.shape.drop, st, m, first_token, r0, ld);
     if (last) invert_sums(st, job.M, r0, ld);
     // The same rows of the next item.
     const Soon soon{first ? st.y[m] + r0 : nullptr, job.shape.Q * C};
@@ -119,7 +138,8 @@ static void finish_statistics(const ForwardJob& job, ForwardState& st, int64_t b
   const Shape& shape = job.shape;
   for (int m = 0; m < job.M; ++m) {
     if (job.streams[m].mass == nullptr) continue;
-    for (int64_t r = 0; r < shape.K(); ++r) st.owed[m][r] = st.sum[m][r] * st.inverse[r];
+    const float* const sum = shape.drop.threshold > 0 ? st.kept[m] : st.sum[m];
+    for (int64_t r = 0; r < shape.K(); ++r) st.owed[m][r] = sum[r] * st.inverse[r];
     scatter_rows(st.owed[m], shape.B, b, shape.H, shape.Q, job.streams[m].mass);
   }
   for (int64_t r = 0; r < shape.K(); ++r) {
@@ -144,6 +164,7 @@ static void forward_item(const ForwardJob& job, ForwardState& st, int64_t b) {
     touched[m] = tokens[m].present > 0;
     if (touched[m]) last_stream = m;
     fill(st.sum[m], padded, 0.0f);
+    fill(st.kept[m], padded, 0.0f);
     fill(st.owed[m], padded, 1.0f);
     row_table(s.y, shape.B, b, shape.H, shape.Q, s.tokens.C, st.y[m]);
     if (shape.shared_u || !touched[m]) continue;
@@ -158,7 +179,7 @@ static void forward_item(const ForwardJob& job, ForwardState& st, int64_t b) {
       at = next_tile(tokens[m], at, (left + tiles - i - 1) / (tiles - i), few(job.shape), st.tiles.copy,
                      st.tiles.tile);
       left -= st.tiles.tile.n;
-      forward_tile(job, st, m, i == 0, m == last_stream && i + 1 == tiles);
+      forward_tile(job, st, m, tokens[m].first, i == 0, m == last_stream && i + 1 == tiles);
     }
   }
   finish_y(job, st, touched, last_stream);

@@ -35,6 +35,7 @@ class FusionQFormer(nn.Module):
         cross_every: the first of each so many layers reads the tokens (BLIP-2: 2).
         norm: ``"pre"`` or ``"post"``: LayerNorm before each block, or after its residual sum (BLIP-2).
         dropout: of each block's output, in training.
+        attention_dropout: of the attention weights, among the queries and on the tokens, in training.
         mean_residual: whether :class:`em3.layers.MeanTokens` of the streams is added to the embedding.
         strategy, backend: as in :func:`em3.ops.qformer_attention`.
 
@@ -46,8 +47,8 @@ class FusionQFormer(nn.Module):
 
     def __init__(self, token_dims: Sequence[int], dim: int, *, num_queries: int, num_layers: int = 1, num_heads: int = 4,
                  out_dim: int | None = None, ffn_dim: int | None = None, cross_every: int = 1, norm: str = "pre",
-                 dropout: float = 0.0, mean_residual: bool = False, strategy: str = "auto",
-                 backend: str | None = None) -> None:  # fmt: skip
+                 dropout: float = 0.0, attention_dropout: float = 0.0, mean_residual: bool = False,
+                 strategy: str = "auto", backend: str | None = None) -> None:  # fmt: skip
         super().__init__()
         for name, value in dict(num_queries=num_queries, num_layers=num_layers, cross_every=cross_every).items():
             if value < 1:
@@ -58,7 +59,7 @@ class FusionQFormer(nn.Module):
         self.layers = nn.ModuleList(
             FusionLayer(
                 token_dims if i % cross_every == 0 else None, dim, num_heads, 4 * dim if ffn_dim is None else ffn_dim,
-                norm, dropout, strategy, backend,
+                norm, dropout, attention_dropout, strategy, backend,
             )
             for i in range(num_layers)
         )  # fmt: skip
@@ -85,16 +86,17 @@ class FusionLayer(nn.Module):
     """Self-attention among the queries, cross-attention to the tokens (unless ``token_dims`` is None), feed-forward."""
 
     def __init__(self, token_dims: Sequence[int] | None, dim: int, num_heads: int, ffn_dim: int, norm: str,
-                 dropout: float, strategy: str, backend: str | None) -> None:  # fmt: skip
+                 dropout: float, attention_dropout: float, strategy: str, backend: str | None) -> None:  # fmt: skip
         super().__init__()
-        self.num_heads, self.pre, self.dropout = num_heads, norm == "pre", dropout
+        self.num_heads, self.pre, self.dropout, self.attention_dropout = num_heads, norm == "pre", dropout, attention_dropout
         self.norm_self = nn.LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.cross = self.norm_cross = None
         if token_dims is not None:
             self.norm_cross = nn.LayerNorm(dim)
-            self.cross = QFormerAttention(token_dims, dim, num_heads=num_heads, strategy=strategy, backend=backend)
+            self.cross = QFormerAttention(token_dims, dim, num_heads=num_heads, dropout=attention_dropout, strategy=strategy,
+                                          backend=backend)  # fmt: skip
         self.norm_ffn = nn.LayerNorm(dim)
         self.ffn_in = nn.Linear(dim, ffn_dim)
         self.ffn_out = nn.Linear(ffn_dim, dim)
@@ -113,5 +115,6 @@ class FusionLayer(nn.Module):
         return norm(x + F.dropout(block(x), self.dropout, self.training))
 
     def _among_queries(self, x: Tensor) -> Tensor:
-        heads = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [3, 1 or B, H, Q, E]
-        return self.proj(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [3, 1 or B, H, Q, E]
+        dropout = self.attention_dropout if self.training else 0.0
+        return self.proj(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(2))

@@ -19,17 +19,18 @@ class QFormerAttention(nn.Module):
         dim: ``D``.
         num_heads: ``H``; divides ``dim``.
         bias: whether the four projections have biases.
+        dropout: of the attention weights, in training.
         strategy, backend: as in :func:`em3.ops.qformer_attention`.
 
     Source: cross-attention of the Q-Former (BLIP-2, arXiv 2301.12597).
     """
 
     def __init__(self, token_dims: Sequence[int], dim: int, *, num_heads: int, bias: bool = True,
-                 strategy: str = "auto", backend: str | None = None) -> None:  # fmt: skip
+                 dropout: float = 0.0, strategy: str = "auto", backend: str | None = None) -> None:  # fmt: skip
         super().__init__()
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads: was {num_heads}, must be at least 1 and divide dim {dim}")
-        self.num_heads, self.strategy, self.backend = num_heads, strategy, backend
+        self.num_heads, self.dropout, self.strategy, self.backend = num_heads, dropout, strategy, backend
         self.w_q = nn.Parameter(torch.empty(dim, dim))
         self.w_k = nn.ParameterList(torch.empty(dim, c) for c in token_dims)
         self.w_v = nn.ParameterList(torch.empty(dim, c) for c in token_dims)
@@ -53,7 +54,8 @@ class QFormerAttention(nn.Module):
         return qformer_attention(
             query, streams, self.w_q, list(self.w_k), list(self.w_v), self.w_o, self.b_q,
             None if self.b_k is None else list(self.b_k), None if self.b_v is None else list(self.b_v), self.b_o,
-            num_heads=self.num_heads, masks=masks, strategy=self.strategy, backend=self.backend,
+            num_heads=self.num_heads, masks=masks, dropout=self.dropout if self.training else 0.0, strategy=self.strategy,
+            backend=self.backend,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..jagged import Stream, num_items, parse_stream
 from ..tuning import decide, gradients, layout
 from . import _checks, _dispatch, _projected
+from ._dropout import Dropout
 
 STRATEGIES = ("auto", "absorb", "project")
 
@@ -20,7 +21,7 @@ def qformer_attention(query: Tensor, streams: Any, w_q: Tensor, w_k: Sequence[Te
                       w_o: Tensor, b_q: Tensor | None = None, b_k: Sequence[Tensor | None] | None = None,
                       b_v: Sequence[Tensor | None] | None = None, b_o: Tensor | None = None, *, num_heads: int,
                       masks: Sequence[Tensor | None] | None = None, scale: float | None = None,
-                      strategy: str = "auto", backend: str | None = None) -> Tensor:  # fmt: skip
+                      dropout: float = 0.0, strategy: str = "auto", backend: str | None = None) -> Tensor:  # fmt: skip
     """Multi-head cross-attention of ``Q`` queries over the tokens of one or more modality streams.
 
     With ``q = query w_q^T + b_q``, ``k_m = x_m w_k[m]^T + b_k[m]`` and ``v_m = x_m w_v[m]^T + b_v[m]``, one softmax a
@@ -47,7 +48,9 @@ def qformer_attention(query: Tensor, streams: Any, w_q: Tensor, w_k: Sequence[Te
         num_heads: ``H``; divides ``D``.
         masks: one boolean ``[B, N]`` (True = a real token) or None a stream, or None. Jagged streams take none.
         scale: factor of the scores, ``1 / sqrt(D / H)`` by default.
-        strategy: ``"auto"``, ``"absorb"`` or ``"project"``.
+        dropout: probability with which an attention weight counts as zero, the others being divided by
+            ``1 - dropout``. Drawn anew in every call from torch's generator of the query's device.
+        strategy: ``"auto"``, ``"absorb"`` or ``"project"``; dropout needs the absorbed form.
         backend: ``"auto"`` or a backend's name; the process-wide choice (``em3.set_backend``) by default.
 
     Returns:
@@ -74,13 +77,19 @@ def qformer_attention(query: Tensor, streams: Any, w_q: Tensor, w_k: Sequence[Te
     wk, wv, bk, bv = rest[m : 2 * m], rest[2 * m : 3 * m], rest[3 * m : 4 * m], rest[4 * m :]
     batch = _check(query, parsed, w_q, wk, wv, w_o, b_q, bk, bv, b_o, num_heads)
     _checks.one_of(strategy, STRATEGIES, "strategy")
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"dropout: was {dropout}, must be a probability from 0 to 1")
+    if dropout and strategy == "project":
+        raise ValueError("strategy: was 'project', must be 'absorb' or 'auto' with dropout")
 
     request = _dispatch.requested(backend)
     d = w_q.shape[0]
     bu = batch if query.dim() == 3 else 1
     q = F.linear(query, w_q, b_q).view(bu, query.shape[-2], num_heads, d // num_heads)  # [1 or B, Q, H, E]
     q = q * ((d // num_heads) ** -0.5 if scale is None else scale)
-    if strategy == "auto":
+    if dropout:
+        strategy = "absorb"
+    elif strategy == "auto":
         strategy = cheaper(parsed, query.shape[-2], num_heads, d) if request in ("auto", "torch") else "absorb"
         if request == "auto":
             kind = f"{gradients([s.values for s in parsed])} {layout(*parsed[0][:2], query)}"
@@ -95,7 +104,8 @@ def qformer_attention(query: Tensor, streams: Any, w_q: Tensor, w_k: Sequence[Te
             projected.append(_projected.Projected(k, v, s.offsets, s.mask))
         out = _projected.attend(q, projected, batch, [f"streams[{i}]" for i in range(m)])
     else:
-        out = _absorbed(q, parsed, wk, wv, bk, bv, batch, request)
+        seed = torch.randint(torch.iinfo(torch.int64).max, (1,), device=query.device) if dropout else None
+        out = _absorbed(q, parsed, wk, wv, bk, bv, batch, seed, dropout, request)
     return F.linear(out, w_o, b_o)
 
 
@@ -131,7 +141,8 @@ def _sizes(values: Sequence[Tensor], offsets: Sequence[Tensor | None]) -> list[i
 
 
 def _absorbed(q: Tensor, streams: Sequence[Stream], w_k: Sequence[Tensor], w_v: Sequence[Tensor],
-              b_k: Sequence[Tensor | None], b_v: Sequence[Tensor | None], batch: int, request: str) -> Tensor:  # fmt: skip
+              b_k: Sequence[Tensor | None], b_v: Sequence[Tensor | None], batch: int, seed: Tensor | None, dropout: float,
+              request: str) -> Tensor:  # fmt: skip
     bu, nq, h, e = q.shape
     rows = q.permute(2, 0, 1, 3).reshape(h, bu * nq, e)  # [H, Bu * Q, E]
     u = [torch.bmm(rows, w.view(h, e, w.shape[1])).view(h, bu, nq, w.shape[1]) for w in w_k]  # [H, Bu, Q, C_m]
@@ -139,7 +150,7 @@ def _absorbed(q: Tensor, streams: Sequence[Stream], w_k: Sequence[Tensor], w_v: 
     w = [t.view(h, e, t.shape[1]) for t in w_v]
     _, out, mass, _ = torch.ops.em3.qformer_attention(
         u, None if c is None else c.view(len(u), h, bu, nq), w, [s.values for s in streams],
-        [s.offsets for s in streams], [s.mask for s in streams], batch, request,
+        [s.offsets for s in streams], [s.mask for s in streams], batch, seed, dropout, request,
     )  # fmt: skip
     if any(bias is not None for bias in b_v):
         # One product for all streams: 0.7 ms forward and backward against 1.8 for a sum over them (B=1128, Q=4, H=4, E=16).
@@ -213,41 +224,48 @@ def _check(query: Tensor, streams: Sequence[Stream], w_q: Tensor, w_k: Sequence[
 # The registered operator is the part between the query's projection and the last one, which are ordinary products:
 #   s[r, t] = u_m[r] . x_m[t] + c_m[r];  p = softmax over the item's tokens of all streams;  y_m[r] = sum_t p x_m[t];
 #   o[r] = sum_m w_m,h y_m[r];  mass_m[r] = sum_t p;  lse[r] = logsumexp_t s, for the H * Q rows r = (h, q) of every item.
+# With a seed, y and mass take p times the factors of _dropout.Dropout(dropout, seed), which the backward draws again.
 # An item without tokens has y = 0, o = 0, mass = 0, lse = -inf. y and lse are outputs for the backward of the same
 # backend to read; the Triton one leaves the factor mass_m out of y_m.
 torch.library.define(
     "em3::qformer_attention",
-    "(Tensor[] u, Tensor? c, Tensor[] w, Tensor[] values, Tensor?[] offsets, Tensor?[] masks, SymInt batch, str backend)"
-    " -> (Tensor[] y, Tensor o, Tensor mass, Tensor lse)",
+    "(Tensor[] u, Tensor? c, Tensor[] w, Tensor[] values, Tensor?[] offsets, Tensor?[] masks, SymInt batch, Tensor? seed,"
+    " float dropout, str backend) -> (Tensor[] y, Tensor o, Tensor mass, Tensor lse)",
 )
 torch.library.define(
     "em3::qformer_attention_backward",
     "(Tensor dout, Tensor? dmass, Tensor[] u, Tensor? c, Tensor[] w, Tensor[] values, Tensor?[] offsets, Tensor?[] masks,"
-    " Tensor[] y, Tensor o, Tensor mass, Tensor lse, bool need_u, bool[] need_w, bool[] need_values, str backend)"
-    " -> (Tensor[] du, Tensor dc, Tensor[] dw, Tensor[] dvalues)",
+    " Tensor[] y, Tensor o, Tensor mass, Tensor lse, bool need_u, bool[] need_w, bool[] need_values, Tensor? seed,"
+    " float dropout, str backend) -> (Tensor[] du, Tensor dc, Tensor[] dw, Tensor[] dvalues)",
 )
 
 
 @torch.library.impl("em3::qformer_attention", "default")
-def _forward(u, c, w, values, offsets, masks, batch, backend):
+def _forward(u, c, w, values, offsets, masks, batch, seed, dropout, backend):
     _check_content(values, offsets)
-    args = (u, c, w, values, offsets, masks, batch)
+    args = (u, c, w, values, offsets, masks, batch, _drop(seed, dropout))
     with _checks.no_autocast(values[0].device):
         return _dispatch.choose("qformer_attention", backend, args, _about(*args)).forward(*args)
 
 
 @torch.library.impl("em3::qformer_attention_backward", "default")
-def _backward(dout, dmass, u, c, w, values, offsets, masks, y, o, mass, lse, need_u, need_w, need_values, backend):
+def _backward(dout, dmass, u, c, w, values, offsets, masks, y, o, mass, lse, need_u, need_w, need_values, seed, dropout,
+              backend):  # fmt: skip
     _check_content(values, offsets)
-    args = (u, c, w, values, offsets, masks, lse.shape[1])
+    drop = _drop(seed, dropout)
+    args = (u, c, w, values, offsets, masks, lse.shape[1], drop)
     chosen = _dispatch.choose("qformer_attention", backend, args, _about(*args))
     with _checks.no_autocast(lse.device):
         return chosen.backward(
-            dout, dmass, u, c, w, values, offsets, masks, y, o, mass, lse, need_u, need_w, need_values
+            dout, dmass, u, c, w, values, offsets, masks, y, o, mass, lse, need_u, need_w, need_values, drop
         )
 
 
-def _about(u, c, w, values, offsets, masks, batch):
+def _drop(seed, dropout):
+    return None if seed is None else Dropout(dropout, seed)
+
+
+def _about(u, c, w, values, offsets, masks, batch, drop):
     """What the choice of a backend depends on. Not on gradients: an operator's forward does not know who wants them."""
     h, of_items, q, _ = u[0].shape
     kind = f"{layout(values[0], offsets[0], u[0])} {'shared' if of_items == 1 else 'own'}"
@@ -262,7 +280,7 @@ def _check_content(values, offsets):
 
 
 @torch.library.register_fake("em3::qformer_attention")
-def _forward_fake(u, c, w, values, offsets, masks, batch, backend):
+def _forward_fake(u, c, w, values, offsets, masks, batch, seed, dropout, backend):
     h, _, q, _ = u[0].shape
     wide = torch.float64 if u[0].dtype == torch.float64 else torch.float32
     y = [u[0].new_empty(h, batch, q, x.shape[-1]) for x in values]
@@ -271,7 +289,8 @@ def _forward_fake(u, c, w, values, offsets, masks, batch, backend):
 
 
 @torch.library.register_fake("em3::qformer_attention_backward")
-def _backward_fake(dout, dmass, u, c, w, values, offsets, masks, y, o, mass, lse, need_u, need_w, need_values, backend):
+def _backward_fake(dout, dmass, u, c, w, values, offsets, masks, y, o, mass, lse, need_u, need_w, need_values, seed,
+                   dropout, backend):  # fmt: skip
     dc = lse.new_empty(len(u), *u[0].shape[:3])
     dw, dvalues = (
         [t.new_empty(t.shape if need else (0,)) for t, need in zip(tensors, needs, strict=True)]
@@ -281,28 +300,28 @@ def _backward_fake(dout, dmass, u, c, w, values, offsets, masks, y, o, mass, lse
 
 
 def _setup_context(ctx, inputs, output):
-    u, c, w, values, offsets, masks, _, backend = inputs
+    u, c, w, values, offsets, masks, _, seed, dropout, backend = inputs
     y, o, mass, lse = output
     ctx.mark_non_differentiable(*y, lse)
     ctx.set_materialize_grads(False)
-    ctx.m, ctx.backend = len(u), backend
-    ctx.save_for_backward(*u, *w, *values, *y, *offsets, *masks, c, o, mass, lse)
+    ctx.m, ctx.dropout, ctx.backend = len(u), dropout, backend
+    ctx.save_for_backward(*u, *w, *values, *y, *offsets, *masks, c, o, mass, lse, seed)
 
 
 def _autograd(ctx, _, dout, dmass, __):
     m, saved = ctx.m, ctx.saved_tensors
     u, w, values, y, offsets, masks = (list(saved[i * m : (i + 1) * m]) for i in range(6))
-    c, o, mass, lse = saved[6 * m :]
+    c, o, mass, lse, seed = saved[6 * m :]
     need = ctx.needs_input_grad
     dout = torch.zeros_like(o) if dout is None else dout.contiguous()
     dmass = None if dmass is None else dmass.contiguous()
     du, dc, dw, dvalues = torch.ops.em3.qformer_attention_backward(
         dout, dmass, u, c, w, values, offsets, masks, y, o, mass, lse, any(need[0]) or need[1], list(need[2]),
-        list(need[3]), ctx.backend,
+        list(need[3]), seed, ctx.dropout, ctx.backend,
     )  # fmt: skip
     return (
         _wanted(du, need[0]), dc if need[1] else None, _wanted(dw, need[2]), _wanted(dvalues, need[3]),
-        _no_gradient(offsets), _no_gradient(masks), None, None,
+        _no_gradient(offsets), _no_gradient(masks), None, None, None, None,
     )  # fmt: skip
 
 

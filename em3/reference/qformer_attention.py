@@ -11,9 +11,10 @@ from .padding import padded
 
 
 def qformer_attention(query, streams, w_q, w_k, w_v, w_o, b_q=None, b_k=None, b_v=None, b_o=None, *,
-                      num_heads, masks=None, scale=None) -> Tensor:  # fmt: skip
+                      num_heads, masks=None, scale=None, drop=None) -> Tensor:  # fmt: skip
+    """``drop``: an ``em3.ops._dropout.Dropout``, or None."""
     none = [None] * len(streams)
-    keys, values, present = [], [], []
+    keys, values, present, factors = [], [], [], []
     for m, source in enumerate(streams):
         stream = parse_stream(source, (masks or none)[m], "streams", "masks")
         x, mask = stream.values.to(query.dtype), stream.mask
@@ -21,6 +22,10 @@ def qformer_attention(query, streams, w_q, w_k, w_v, w_o, b_q=None, b_k=None, b_
             x, mask = padded(x, stream.offsets)
         keys.append(F.linear(x, w_k[m], (b_k or none)[m]))
         values.append(F.linear(x, w_v[m], (b_v or none)[m]))
+        if drop is not None:
+            first = stream.offsets[:-1] if stream.offsets is not None else torch.arange(len(x)) * x.shape[1]  # [B]
+            places = first[:, None] + torch.arange(x.shape[1])
+            factors.append(drop.factors(m, places, num_heads * query.shape[-2], query.dtype))
         present.append(torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask)
     k, v, seen = torch.cat(keys, 1), torch.cat(values, 1), torch.cat(present, 1)  # [B, N, D], [B, N, D], [B, N]
 
@@ -31,5 +36,7 @@ def qformer_attention(query, streams, w_q, w_k, w_v, w_o, b_q=None, b_k=None, b_
     # An item without tokens: a softmax over nothing is defined as nothing, so its attention is zero.
     scores = scores.masked_fill(~seen[:, None, None, :], -torch.inf)
     weights = scores.softmax(-1).masked_fill(~seen[:, None, None, :], 0) if n else scores
+    if drop is not None:
+        weights = weights * torch.cat(factors, 2).view_as(weights)
     out = (weights @ heads[2]).transpose(1, 2).reshape(b, q.shape[1], d)  # [B, Q, D]
     return F.linear(out, w_o, b_o)

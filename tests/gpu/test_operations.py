@@ -57,7 +57,7 @@ def test_qformer_attention_of_more_elements_than_32_bits_count(backend):
     far.copy_(torch.randn(2, 3, 16))
     u, w = (torch.randn(2, *s, 16, dtype=torch.bfloat16, device=DEVICE) for s in ((1, 3), (4,)))
     (_, a, *_), (_, b, *_) = (
-        torch.ops.em3.qformer_attention([u], None, [w], [x], [None], [None], 2, backend) for x in (far, far.contiguous())
+        torch.ops.em3.qformer_attention([u], None, [w], [x], [None], [None], 2, None, 0.0, backend) for x in (far, far.contiguous())
     )
     torch.testing.assert_close(a, b)
 

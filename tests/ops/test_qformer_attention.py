@@ -188,7 +188,7 @@ def test_frozen_tokens_get_no_gradient(backend, monkeypatch):
     monkeypatch.setattr(torch.ops.em3, "qformer_attention_backward", lambda *a: asked.append((a, real(*a))) or asked[-1][1])
     oracle.run(op("absorb", backend), args, 0)
     (given_args, (_, _, _, dvalues)) = asked[0]
-    assert given_args[-2] == [True, False]
+    assert given_args[-4] == [True, False]
     assert [d.numel() for d in dvalues] == [args["values"][0].numel(), 0]
 
 
@@ -250,12 +250,12 @@ def test_opcheck(backend, dynamic):
         values = [torch.randn(7, 8), torch.randn(4, 4, requires_grad=True)]
         offsets, masks = [torch.tensor([0, 3, 7]), torch.tensor([0, 0, 4])], [None, None]
     w = [torch.randn(2, 5, 8, requires_grad=True), torch.randn(2, 5, 4)]
-    args = (u, c, w, values, offsets, masks, 2, backend)
+    args = (u, c, w, values, offsets, masks, 2, None, 0.0, backend)
     torch.library.opcheck(torch.ops.em3.qformer_attention, args)
     y, o, mass, lse = torch.ops.em3.qformer_attention(*args)
     u, w, values, y = ([t.detach() for t in group] for group in (u, w, values, y))
     back = (torch.randn_like(o), torch.randn_like(mass), u, c.detach(), w, values, offsets, masks, y, o.detach(),
-            mass.detach(), lse, True, [True, False], [True, False], backend)  # fmt: skip
+            mass.detach(), lse, True, [True, False], [True, False], None, 0.0, backend)  # fmt: skip
     torch.library.opcheck(torch.ops.em3.qformer_attention_backward, back)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...ops._dropout import Dropout, threshold
 from .. import cpp
 from . import _parts, unavailable
 
@@ -20,14 +21,14 @@ __all__ = ["backward", "forward", "supports", "unavailable", "wins"]
 
 
 def supports(u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Tensor], offsets: list[Tensor | None],
-             masks: list[Tensor | None], batch: int) -> str | None:  # fmt: skip
+             masks: list[Tensor | None], batch: int, drop: Dropout | None = None) -> str | None:  # fmt: skip
     if len(values) > MAX_STREAMS:
         return f"it reads at most {MAX_STREAMS} streams and got {len(values)}; join some or use another backend"
     return next((why for x in values if (why := _parts.refusal(x, u[0], "token stream")) is not None), None)
 
 
 def wins(u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Tensor], offsets: list[Tensor | None],
-         masks: list[Tensor | None], batch: int) -> bool:  # fmt: skip
+         masks: list[Tensor | None], batch: int, drop: Dropout | None = None) -> bool:  # fmt: skip
     # Also for a single item, whose tokens are shared out in parts. Forward and backward at B=1, C=D=512, H=8, AVX2 on two
     # threads, tokens frozen / with gradient, ms, this against the torch backend: N=1024, Q=4: 4.1 / 4.7 against 4.4 /
     # 5.0; Q=16: 8.3 / 10.0 against 7.9 / 9.8; N=8192, Q=4: 13 / 17 against 23 / 29; Q=16: 39 / 54 against 50 / 64. In one
@@ -36,43 +37,47 @@ def wins(u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Tensor
 
 
 def forward(u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Tensor], offsets: list[Tensor | None],
-            masks: list[Tensor | None], batch: int) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:  # fmt: skip
+            masks: list[Tensor | None], batch: int,
+            drop: Dropout | None = None) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:  # fmt: skip
     dtype = u[0].dtype
-    y, o, mass, lse = _forward(_wide(u), c, _wide(w), values, offsets, masks, batch)
+    y, o, mass, lse = _forward(_wide(u), c, _wide(w), values, offsets, masks, batch, drop)
     return [t.to(dtype) for t in y], o.to(dtype), mass, lse
 
 
 def _forward(u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Tensor], offsets: list[Tensor | None],
-             masks: list[Tensor | None], batch: int) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:  # fmt: skip
+             masks: list[Tensor | None], batch: int,
+             drop: Dropout | None) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:  # fmt: skip
     parts = _parts.count(values, offsets, batch)
     if parts == 1:
-        return _whole_forward(u, c, w, values, offsets, masks, batch)
+        return _whole_forward(u, c, w, values, offsets, masks, batch, drop)
     u, c = _of_parts(u, c, parts)
     values, offsets, masks = _cut(values, offsets, masks, parts)
-    y, o, mass, lse = _whole_forward(u, c, w, values, offsets, masks, batch * parts)
+    y, o, mass, lse = _whole_forward(u, c, w, values, offsets, masks, batch * parts, drop)
     share, whole = _parts.shares(lse, batch, parts)
     mass = (mass.view(len(y), *share.shape) * share).sum(3)
     return [_parts.joined(t, share) for t in y], _parts.joined(o, share), mass, whole
 
 
 def _whole_forward(u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Tensor], offsets: list[Tensor | None],
-                   masks: list[Tensor | None], batch: int) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:  # fmt: skip
+                   masks: list[Tensor | None], batch: int,
+                   drop: Dropout | None) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:  # fmt: skip
     h, _, q, _ = u[0].shape
     y = [_parts.empty(h, batch, q, x.shape[-1]) for x in values]
     o, mass, lse = (_parts.empty(*s) for s in ((h, batch, q, w[0].shape[1]), (len(u), h, batch, q), (h, batch, q)))
     cpp.compiled().qformer_attention_forward(
-        *_inputs(u, c, w, values, offsets, masks), y, o, mass, lse, torch.get_num_threads(), cpp.isa
+        *_inputs(u, c, w, values, offsets, masks), y, o, mass, lse, torch.get_num_threads(),
+        cpp.isa, _drawn(drop),
     )
     return y, o, mass, lse
 
 
 def backward(dout: Tensor, dmass: Tensor | None, u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Tensor],
              offsets: list[Tensor | None], masks: list[Tensor | None], y: list[Tensor], o: Tensor, mass: Tensor,
-             lse: Tensor, need_u: bool, need_w: list[bool], need_values: list[bool],
+             lse: Tensor, need_u: bool, need_w: list[bool], need_values: list[bool], drop: Dropout | None = None,
              ) -> tuple[list[Tensor], Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     du, dc, dw, dx = _backward(
         dout.float(), dmass, _wide(u), c, _wide(w), values, offsets, masks, _wide(y), o.float(), mass, lse, need_u, need_w,
-        need_values,
+        need_values, drop,
     )  # fmt: skip
     return (
         [g.to(t.dtype) for g, t in zip(du, u, strict=True)], dc, [g.to(t.dtype) for g, t in zip(dw, w, strict=True)],
@@ -82,9 +87,9 @@ def backward(dout: Tensor, dmass: Tensor | None, u: list[Tensor], c: Tensor | No
 
 def _backward(dout: Tensor, dmass: Tensor | None, u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Tensor],
               offsets: list[Tensor | None], masks: list[Tensor | None], y: list[Tensor], o: Tensor, mass: Tensor,
-              lse: Tensor, need_u: bool, need_w: list[bool], need_values: list[bool],
+              lse: Tensor, need_u: bool, need_w: list[bool], need_values: list[bool], drop: Dropout | None,
               ) -> tuple[list[Tensor], Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
-    batch, need = lse.shape[1], (need_u, need_w, need_values)
+    batch, need = lse.shape[1], (need_u, need_w, need_values, drop)
     parts = _parts.count(values, offsets, batch)
     if parts == 1:
         return _whole_backward(dout, dmass, u, c, w, values, offsets, masks, y, o, mass, lse, *need)
@@ -104,7 +109,7 @@ def _backward(dout: Tensor, dmass: Tensor | None, u: list[Tensor], c: Tensor | N
 def _whole_backward(dout: Tensor, dmass: Tensor | None, u: list[Tensor], c: Tensor | None, w: list[Tensor],
                     values: list[Tensor], offsets: list[Tensor | None], masks: list[Tensor | None], y: list[Tensor],
                     o: Tensor, mass: Tensor, lse: Tensor, need_u: bool, need_w: list[bool], need_values: list[bool],
-                    ) -> tuple[list[Tensor], Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+                    drop: Dropout | None) -> tuple[list[Tensor], Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     du, dc = [_parts.empty(*x.shape) for x in u], _parts.empty(len(u), *u[0].shape[:3])
     dw, dx = (
         [_parts.empty(*t.shape) if n else _parts.empty(0) for t, n in zip(tensors, needs, strict=True)]
@@ -118,9 +123,16 @@ def _whole_backward(dout: Tensor, dmass: Tensor | None, u: list[Tensor], c: Tens
         [r.contiguous() for r in y], o.contiguous(), mass.contiguous(), lse.contiguous(), du if need_u else None,
         dc if need_u else None, *([g if n else None for g, n in zip(grads, needs, strict=True)]
                                   for grads, needs in ((dw, need_w), (dx, need_values))),
-        torch.get_num_threads(), cpp.isa,
+        torch.get_num_threads(), cpp.isa, _drawn(drop),
     )  # fmt: skip
     return du, dc, dw, dx
+
+
+def _drawn(drop: Dropout | None) -> tuple[int, float, int] | None:
+    """Dropout as the kernel reads it."""
+    if drop is None:
+        return None
+    return threshold(drop.p), 1 / (1 - drop.p) if drop.p < 1 else 0.0, int(drop.seed)
 
 
 def _wide(tensors: list[Tensor]) -> list[Tensor]:

@@ -11,6 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
+from ...ops._dropout import Dropout
 from ._chunks import Chunk, Rows, chunks, room, scatter
 
 
@@ -27,18 +28,19 @@ def wins(*args: object) -> bool:
 
 
 def forward(u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Tensor], offsets: list[Tensor | None],
-            masks: list[Tensor | None], batch: int) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:  # fmt: skip
-    y, mass, lse = attend([Rows(*s) for s in zip(values, offsets, masks, strict=True)], u, c, batch)
+            masks: list[Tensor | None], batch: int,
+            drop: Dropout | None = None) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:  # fmt: skip
+    y, mass, lse = attend([Rows(*s) for s in zip(values, offsets, masks, strict=True)], u, c, batch, drop)
     return y, project(y, w), mass, lse
 
 
 def backward(dout: Tensor, dmass: Tensor | None, u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Tensor],
              offsets: list[Tensor | None], masks: list[Tensor | None], y: list[Tensor], o: Tensor, mass: Tensor,
-             lse: Tensor, need_u: bool, need_w: list[bool], need_values: list[bool],
+             lse: Tensor, need_u: bool, need_w: list[bool], need_values: list[bool], drop: Dropout | None = None,
              ) -> tuple[list[Tensor], Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     streams = [Rows(*s) for s in zip(values, offsets, masks, strict=True)]
     dy, dw = project_backward(dout, y, w, need_w)
-    du, dc, dx = attend_backward(streams, dy, dmass, u, c, y, mass, lse, need_u, need_values)
+    du, dc, dx = attend_backward(streams, dy, dmass, u, c, y, mass, lse, need_u, need_values, drop)
     return du, dc, dw, dx
 
 
@@ -60,34 +62,39 @@ def project_backward(dout: Tensor, y: list[Tensor], w: list[Tensor],
     return dy, dw
 
 
-def attend(streams: list[Rows], u: list[Tensor], c: Tensor | None, batch: int) -> tuple[list[Tensor], Tensor, Tensor]:
+def attend(streams: list[Rows], u: list[Tensor], c: Tensor | None, batch: int,
+           drop: Dropout | None = None) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
     """``u[m] [H, 1 or B, Q, C_m]`` reads the streams: ``y[m] [H, B, Q, C_m]``, ``mass [M, H, B, Q]``, ``lse [H, B, Q]``."""
     h, _, q, _ = u[0].shape
     dtype, device = compute_dtype(u[0]), u[0].device
     y = [u[0].new_empty(h, batch, q, s.values.shape[-1]) for s in streams]
     by_item = [t.transpose(0, 1) for t in y]  # [B, H, Q, C] views, as a chunk writes them
     tops = torch.empty(batch, h * q, dtype=dtype, device=device)
-    sums = torch.empty(len(streams), batch, h * q, dtype=dtype, device=device)
+    mass = torch.empty(len(streams), batch, h * q, dtype=dtype, device=device)
+    total = torch.empty(batch, h * q, dtype=dtype, device=device)
     for chunk in chunks(streams, batch, row_cost(streams, h * q)):
         scores = _scores(chunk, u, c, dtype)  # [b, K, n] a stream
         # The lowest finite number, where no stream has a token: every weight is then exp(-inf) = 0, and so is y.
         shift = _highest(scores).clamp_(min=torch.finfo(dtype).min)  # [b, K]
         weights = [s.sub_(shift[..., None]).exp_() for s in scores]
         part = torch.stack([w.sum(-1) for w in weights])  # [M, b, K]
-        one_over = part.sum(0).clamp_(min=1).reciprocal_()  # the largest weight is 1, so only an empty item is clamped
-        tops[chunk.items], sums[:, chunk.items] = shift, part
+        whole = part.sum(0)
+        if drop is not None:
+            weights = [w.mul_(_factors(drop, m, chunk, w)) for m, w in enumerate(weights)]
+            part = torch.stack([w.sum(-1) for w in weights])
+        one_over = whole.clamp(min=1).reciprocal_()  # the largest weight is 1, so only an empty item is clamped
+        tops[chunk.items], total[chunk.items], mass[:, chunk.items] = shift, whole, part * one_over
         for m, piece in enumerate(chunk.pieces):
             read = torch.bmm(weights[m], piece.x.to(dtype)).mul_(one_over[..., None])  # [b, K, C]
             by_item[m][chunk.items] = read.view(chunk.size, h, q, read.shape[-1]).to(y[m].dtype)
-    total = sums.sum(0)  # [B, K]
-    mass = sums.div_(total.clamp(min=1)).view(len(streams), batch, h, q).transpose(1, 2)
+    mass = mass.view(len(streams), batch, h, q).transpose(1, 2)
     lse = total.log_().add_(tops).view(batch, h, q).transpose(0, 1)
     return y, mass.contiguous(), lse.contiguous()
 
 
 def attend_backward(streams: list[Rows], dy: list[Tensor], dmass: Tensor | None, u: list[Tensor], c: Tensor | None,
                     y: list[Tensor], mass: Tensor, lse: Tensor, need_u: bool, need_values: list[bool],
-                    ) -> tuple[list[Tensor], Tensor, list[Tensor]]:  # fmt: skip
+                    drop: Dropout | None = None) -> tuple[list[Tensor], Tensor, list[Tensor]]:  # fmt: skip
     """Gradients to ``u``, ``c`` and to the values asked for (an empty tensor for the others)."""
     h, batch, q = lse.shape
     dtype = lse.dtype
@@ -109,11 +116,16 @@ def attend_backward(streams: list[Rows], dy: list[Tensor], dmass: Tensor | None,
             ds = torch.bmm(dread[m], x.transpose(1, 2))  # [b, K, n]
             if dmass is not None:
                 ds.add_(_of_items(dmass[m][..., None], chunk, dtype))
+            kept = weights[m]
+            if drop is not None:
+                factors = _factors(drop, m, chunk, ds)
+                ds.mul_(factors)
+                kept = kept * factors
             ds.sub_(delta).mul_(weights[m])
             if need_values[m]:
                 grad = room(dx[m], piece, dtype)  # [b, n, C]
                 torch.bmm(ds.transpose(1, 2), _of_items(u[m], chunk, dtype), out=grad)
-                scatter(dx[m], piece, grad.baddbmm_(weights[m].transpose(1, 2), dread[m]))
+                scatter(dx[m], piece, grad.baddbmm_(kept.transpose(1, 2), dread[m]))
             if need_u:
                 grad, flat = torch.bmm(ds, x), ds.sum(-1)  # [b, K, C], [b, K]
                 if shared:
@@ -123,6 +135,15 @@ def attend_backward(streams: list[Rows], dy: list[Tensor], dmass: Tensor | None,
                     du[m].transpose(0, 1)[chunk.items] = grad.view(chunk.size, h, q, grad.shape[-1])
                     dc[m].transpose(0, 1)[chunk.items] = flat.view(chunk.size, h, q)
     return [g.to(x.dtype) for g, x in zip(du, u, strict=True)], dc, [g.to(s.values.dtype) for g, s in zip(dx, streams, strict=True)]
+
+
+def _factors(drop: Dropout, m: int, chunk: Chunk, weights: Tensor) -> Tensor:
+    """What dropout multiplies a chunk's weights ``[b, K, n]`` of stream ``m`` with."""
+    source, n = chunk.pieces[m].source, weights.shape[2]
+    if isinstance(source, slice):
+        items = torch.arange(source.start, source.stop, device=weights.device)
+        source = items[:, None] * n + torch.arange(n, device=weights.device)
+    return drop.factors(m, source, weights.shape[1], weights.dtype)
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:

@@ -12,6 +12,7 @@ import functools
 import torch
 from torch import Tensor
 
+from ...ops._dropout import Dropout
 from ..torch import qformer_attention as plain
 from . import cannot_use, kernel, unavailable
 
@@ -23,7 +24,9 @@ _LONGEST_STRIDE = 2**31 // 256  # within a tile of at most 128 tokens the kernel
 
 
 def supports(u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Tensor], offsets: list[Tensor | None],
-             masks: list[Tensor | None], batch: int) -> str | None:  # fmt: skip
+             masks: list[Tensor | None], batch: int, drop: Dropout | None = None) -> str | None:  # fmt: skip
+    if drop is not None:
+        return "it has no dropout yet; use another backend"
     if torch.float64 in (u[0].dtype, *(x.dtype for x in values)):
         return "it computes in float32 and the tensors are torch.float64; convert them or use another backend"
     if any(x.shape[-1] == 0 for x in values):
@@ -36,7 +39,7 @@ def supports(u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Te
 
 
 def wins(u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Tensor], offsets: list[Tensor | None],
-         masks: list[Tensor | None], batch: int) -> bool:  # fmt: skip
+         masks: list[Tensor | None], batch: int, drop: Dropout | None = None) -> bool:  # fmt: skip
     # Counted, not measured: the torch backend writes and reads scores and weights, and copies tokens of a half type to
     # float32; this reads tokens once (docs/design.md). Many rows in true float32 are bound by arithmetic that neither
     # saves, and there cuBLAS is the better at products without tensor cores. The interpreter is for tests.
@@ -46,7 +49,8 @@ def wins(u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Tensor
 
 
 def forward(u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Tensor], offsets: list[Tensor | None],
-            masks: list[Tensor | None], batch: int) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:  # fmt: skip
+            masks: list[Tensor | None], batch: int,
+            drop: Dropout | None = None) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:  # fmt: skip
     read = [
         kernel("qformer_attention").forward(*inputs, batch)
         for inputs in zip(*_rows(u, c), _streams(values, offsets, masks, u[0].dtype), strict=True)
@@ -62,7 +66,7 @@ def forward(u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Ten
 
 def backward(dout: Tensor, dmass: Tensor | None, u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Tensor],
              offsets: list[Tensor | None], masks: list[Tensor | None], y: list[Tensor], o: Tensor, mass: Tensor,
-             lse: Tensor, need_u: bool, need_w: list[bool], need_values: list[bool],
+             lse: Tensor, need_u: bool, need_w: list[bool], need_values: list[bool], drop: Dropout | None = None,
              ) -> tuple[list[Tensor], Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     kernels = kernel("qformer_attention")
     streams = _streams(values, offsets, masks, u[0].dtype)
