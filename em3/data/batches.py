@@ -97,14 +97,27 @@ class Batches:
             inverse=torch.from_numpy(inverse),
         )
 
-    def epoch(self, rows: np.ndarray, batch_size: int, seed: int, epoch: int, skip: int = 0) -> Iterator[Batch]:
+    def epoch(self, rows: np.ndarray, batch_size: int, seed: int, epoch: int, skip: int = 0,
+              rows_per_item: int = 1) -> Iterator[Batch]:  # fmt: skip
         """The rows in an order that ``seed`` and ``epoch`` fix, in whole batches, without the first ``skip`` of them.
 
-        Rows that fill no batch are left out of this epoch; if there is less than one batch, they are the batch.
+        Rows that fill no batch are left out of this epoch; if there is less than one batch, they are the batch. With
+        ``rows_per_item`` above 1, rows of one item, drawn at random, stand together in groups of that many.
         """
-        order = np.random.default_rng([seed, epoch]).permutation(rows)
+        random = np.random.default_rng([seed, epoch])
+        order = random.permutation(rows)
+        if rows_per_item > 1:
+            order = self._grouped(order, rows_per_item, random)
         for start in range(skip * batch_size, max(len(order) - batch_size, 0) + 1, batch_size):
             yield self.of(order[start : start + batch_size])
+
+    def _grouped(self, order: np.ndarray, size: int, random: np.random.Generator) -> np.ndarray:
+        """The rows of each item in groups of ``size`` as they follow in ``order``, the groups in random order."""
+        order = order[np.argsort(self.data.rows.item[order], kind="stable")]
+        item = self.data.rows.item[order]
+        number = np.arange(len(order)) - np.searchsorted(item, item)  # of a row among its item's
+        group = np.cumsum(number % size == 0) - 1
+        return order[np.argsort(random.permutation(len(order))[group], kind="stable")]
 
 
 def _numbered(count: int, known: np.ndarray) -> np.ndarray:

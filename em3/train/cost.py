@@ -30,7 +30,7 @@ def measure_costs(run: Run, progress: Callable[[int, int], None]) -> dict[str, d
     times: dict[str, list[float]] = {arm: [] for arm in trainings}
     for turn in range(WARM + ROUNDS):
         for arm, training in trainings.items():
-            batch = next(training.batches.epoch(training.rows["train"], run.config.train.batch_size, turn, 0))
+            batch = next(training.epoch(turn))
             if turn == 0 and training.read is not None:
                 training.model.refresh(training.read)  # type: ignore[operator]
             training.state.step = 1  # a step that refreshes the whole bank is not the usual one
@@ -56,7 +56,7 @@ def parts(training: Training, run: Run) -> dict[str, float]:
     """Median milliseconds, forward and backward, of what an EM3 step is made of, each alone on one batch."""
     model: Any = getattr(training.model, "model", training.model)
     read: Any = training.read
-    batch = next(training.batches.epoch(training.rows["train"], run.config.train.batch_size, 0, 0))
+    batch = next(training.epoch(0))
     # Each part alone: gradients end at the tokens, also where encoders that are trained made them.
     streams = [Jagged(stream.values().detach(), stream.offsets()) for stream in read(batch.distinct)]
     content = model.content(streams).detach().requires_grad_()
@@ -123,7 +123,7 @@ def _memory_of(folder: str, arm: str, threads: str) -> None:
     before = _mark("VmRSS")
     training.state.step = 1
     for turn in range(MEMORY_STEPS):
-        training.step(next(training.batches.epoch(training.rows["train"], run.config.train.batch_size, turn, 0)))
+        training.step(next(training.epoch(turn)))
     print(json.dumps(_mark("VmHWM") - before))
 
 

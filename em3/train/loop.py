@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ class Training:
         return found.numpy()
 
     def _epoch(self, epoch: int, skip: int) -> None:
-        for batch in self.batches.epoch(self.rows["train"], self.config.batch_size, self.seed, epoch, skip):
+        for batch in self.epoch(epoch, skip):
             self.step(batch)
             if self.state.step % self.per_epoch == 0:
                 self._validate()
@@ -110,6 +110,11 @@ class Training:
                 self._log()
             if self.state.step % self.config.checkpoint_every == 0 or self.state.step % self.per_epoch == 0:
                 self._checkpoint(LAST)
+
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch. Where a step computes content, rows of an item come together: it is computed once."""
+        together = 1 if self.read is None else self.config.rows_per_item
+        return self.batches.epoch(self.rows["train"], self.config.batch_size, self.seed, epoch, skip, together)
 
     def step(self, batch: Batch) -> None:
         """One training step."""

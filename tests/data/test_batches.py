@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -58,11 +59,11 @@ def test_batches_against_loops(seed, num_users, n, num_events, num_rows, length)
     assert torch.equal(batch.distinct_id()[batch.inverse], batch.item_id)
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(1, 12))
-def test_an_epoch_is_a_permutation_that_can_be_resumed(seed, num_rows, batch_size):
+@given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(1, 12), st.integers(1, 4))
+def test_an_epoch_is_a_permutation_that_can_be_resumed(seed, num_rows, batch_size, together):
     data = catalogue(np.random.default_rng(seed), 3, 50, 10, num_rows)
     batches, rows = Batches(data, 5), np.arange(num_rows)
-    whole = list(batches.epoch(rows, batch_size, seed, 1))
+    whole = list(batches.epoch(rows, batch_size, seed, 1, 0, together))
     assert len(whole) == max(1, num_rows // batch_size)
     items = sorted(torch.cat([b.item for b in whole]).tolist())
     rest = sorted(data.rows.item.tolist())
@@ -70,11 +71,24 @@ def test_an_epoch_is_a_permutation_that_can_be_resumed(seed, num_rows, batch_siz
         rest.remove(item)  # each row at most once
     assert len(rest) == (num_rows % batch_size if num_rows >= batch_size else 0)
     for skip in range(len(whole) + 1):
-        again = list(batches.epoch(rows, batch_size, seed, 1, skip))
+        again = list(batches.epoch(rows, batch_size, seed, 1, skip, together))
         assert [b.item.tolist() for b in again] == [b.item.tolist() for b in whole[skip:]]
     if num_rows > 30:
-        other = list(batches.epoch(rows, batch_size, seed, 2))
+        other = list(batches.epoch(rows, batch_size, seed, 2, 0, together))
         assert [b.item.tolist() for b in other] != [b.item.tolist() for b in whole]
+
+
+def test_rows_of_an_item_stand_together(seed):
+    data = catalogue(np.random.default_rng(seed), 50, 60, 400, 1000)
+    batches, rows = Batches(data, 5), np.arange(1000)
+    item = next(batches.epoch(rows, 1000, seed, 1, 0, 4)).item.tolist()
+    runs = [len(list(run)) for _, run in itertools.groupby(item)]
+    # Groups of 4, two of one item at times side by side; what is left of an item's rows is one group more.
+    assert sum(length % 4 > 0 for length in runs) <= 60
+    assert sorted(item) == sorted(data.rows.item.tolist())
+    alone = [len(set(b.item.tolist())) for b in batches.epoch(rows, 100, seed, 1)]
+    grouped = [len(set(b.item.tolist())) for b in batches.epoch(rows, 100, seed, 1, 0, 4)]
+    assert max(grouped) < min(alone)
 
 
 def test_known_is_what_training_moves(seed):
