@@ -262,6 +262,22 @@ def test_the_compiled_code_takes_nothing_on_trust(name, how):
             assert str(error.value).startswith(f"{op_name}: {blamed}: was "), str(error.value)
 
 
+@pytest.mark.parametrize("name", [name for name in DIRECT if "contrastive" in name])
+def test_a_block_of_two_batches_takes_nothing_on_trust(name):
+    """Ids and offsets of rows and columns, sums of the columns' own number."""
+    function, sizes = getattr(cpp.compiled(), name), {"item_ids": 5 + 4, "offset": 5 + 7, "col": 4, "dcol": 4, "doffset": 5 + 7}
+    given = DIRECT[name]() | {"apart": 4}
+    for key in sizes.keys() & given.keys():
+        given[key] = torch.ones(sizes[key]).to(given[key].dtype)
+    function(**given)
+    for key in sizes.keys() & given.keys():
+        with pytest.raises(ValueError, match=f"contrastive_loss: {key}: was "):
+            function(**given | {key: given[key][:-1]})
+    for apart in (8, -1):
+        with pytest.raises(ValueError, match="contrastive_loss: y: was 7 rows, must be at least"):
+            function(**given | {"apart": apart})
+
+
 @pytest.mark.parametrize("name", [name for name in DIRECT if "attention" in name])
 @pytest.mark.parametrize("offsets", [[1, 4, 4, 10], [0, 4, 3, 10], [0, 4, 4, 11], [0, 4, 2**62, 10]])
 def test_the_compiled_code_refuses_wild_offsets(name, offsets):

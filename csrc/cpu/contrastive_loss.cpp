@@ -45,11 +45,12 @@ struct Source {
 // here (it is in the rows of x) and saves a third of each exponential.
 struct Sheet {
   std::int64_t B, M, V, padded_M;  // columns come in whole panels; those behind M have weight 0, offset -inf
-  const Range* item;               // [B], the rows of row i's item
+  const Range* item;               // [B], the columns of row i's item
   const float* x;                  // times the scale and log2(e), panels [V / kPanel][B][kPanel]
   const float* y;                  // panels [V / kPanel][padded_M][kPanel]
   const float* y_transposed;       // panels [padded_M / kPanel][V][kPanel]
-  const float *offset, *weight;    // [padded_M]; weight = exp(offset - the largest one)
+  const float *across, *across_weight;  // [padded_M], of columns; weight = exp(offset - the largest one of both)
+  const float *down, *down_weight;      // [B], of rows
   bool one_shift;
   float shift;
 };
@@ -151,9 +152,9 @@ class Division {
 struct Arrangement {
   const KernelTable& table;
   Division division;
-  std::vector<int64_t> order;
+  std::vector<int64_t> row_order, col_order;
   std::vector<Range> item;
-  Floats x_panels, y_panels, y_transposed, offset, weight;
+  Floats x_panels, y_panels, y_transposed, across, across_weight, down, down_weight;
   Source x, y;
   Sheet sheet;
   float largest_offset = 0.0f;
@@ -163,14 +164,14 @@ struct Arrangement {
       : table(kernels(isa)), division(given, table.panel, products, threads) {
     const int64_t width = (given.V + table.panel - 1) / table.panel * table.panel;
     sort(given);
-    x = {given.x, given.x_stride, given.V, given.B, order.data(), static_cast<int64_t>(order.size())};
-    y = {given.y, given.y_stride, given.V, division.padded(), order.data(), static_cast<int64_t>(order.size())};
+    x = {given.x, given.x_stride, given.V, given.B, row_order.data(), static_cast<int64_t>(row_order.size())};
+    y = {given.y, given.y_stride, given.V, division.padded(), col_order.data(), static_cast<int64_t>(col_order.size())};
     x_panels = Floats(given.B * width);
     if (y_itself) y_panels = Floats(division.padded() * width);
     y_transposed = Floats(division.padded() * given.V);
     sheet = {given.B, given.M, given.V, division.padded(), item.data(), x_panels.get(), y_panels.get(),
-             y_transposed.get(), nullptr, nullptr, false, 0.0f};
-    const float spread = arrange_offset(given);
+             y_transposed.get(), nullptr, nullptr, nullptr, nullptr, false, 0.0f};
+    const float spread = arrange_offsets(given);
     const float bound = kLn2 * pack(given.scale * kLog2E, y_itself);
     sheet.one_shift = bound <= limits.largest_logit && spread <= limits.largest_spread;
     shift = std::max(0.0f, bound - limits.top);
@@ -178,11 +179,11 @@ struct Arrangement {
     shift += largest_offset;
   }
 
-  // A number of each row from the caller's order, null = `missing`, which also fills the places behind B.
-  Floats arranged(const float* of_rows, float missing) const {
-    Floats out(sheet.padded_M);
-    for (int64_t i = 0; i < sheet.padded_M; ++i) {
-      out.get()[i] = of_rows == nullptr || i >= sheet.B ? missing : of_rows[x.place(i)];
+  // The first n numbers of a side from the caller's order, null = `missing`, which also fills the places behind n.
+  static Floats arranged(const Source& side, const float* given, int64_t n, float missing) {
+    Floats out(side.places);
+    for (int64_t i = 0; i < side.places; ++i) {
+      out.get()[i] = given == nullptr || i >= n ? missing : given[side.place(i)];
     }
     return out;
   }
@@ -190,40 +191,65 @@ struct Arrangement {
  private:
   void sort(const Contrast& given) {
     item.resize(static_cast<std::size_t>(given.B));
-    if (given.item_ids == nullptr) {
-      for (int64_t i = 0; i < given.B; ++i) item[static_cast<std::size_t>(i)] = {i, i + 1};
+    if (given.row_ids == nullptr) {
+      for (int64_t i = 0; i < given.B; ++i) item[static_cast<std::size_t>(i)] = given.own ? Range{i, i + 1} : Range{0, 0};
       return;
     }
-    std::vector<std::pair<int64_t, int64_t>> ids;  // and the row of each
-    for (int64_t i = 0; i < given.B; ++i) ids.emplace_back(given.item_ids[i], i);
-    std::sort(ids.begin(), ids.end());
-    for (const auto& id : ids) order.push_back(id.second);
-    for (std::size_t begin = 0, end = 0; begin < ids.size(); begin = end) {
-      while (end < ids.size() && ids[end].first == ids[begin].first) ++end;
-      std::fill(item.begin() + static_cast<std::ptrdiff_t>(begin), item.begin() + static_cast<std::ptrdiff_t>(end),
-                Range{static_cast<int64_t>(begin), static_cast<int64_t>(end)});
+    const std::vector<int64_t> rows = sorted(given.row_ids, given.B, row_order);
+    const std::vector<int64_t> cols = given.own ? rows : sorted(given.col_ids, given.N, col_order);
+    if (given.own) col_order = row_order;
+    std::size_t begin = 0, end = 0;
+    for (std::size_t i = 0; i < rows.size(); ++i) {
+      if (i == 0 || rows[i] != rows[i - 1]) {
+        for (begin = end; begin < cols.size() && cols[begin] < rows[i];) ++begin;
+        for (end = begin; end < cols.size() && cols[end] == rows[i];) ++end;
+      }
+      item[i] = {static_cast<int64_t>(begin), static_cast<int64_t>(end)};
     }
   }
 
+  // The ids in ascending order, and into `order` the place of each.
+  static std::vector<int64_t> sorted(const int64_t* given, int64_t n, std::vector<int64_t>& order) {
+    std::vector<std::pair<int64_t, int64_t>> ids;
+    for (int64_t i = 0; i < n; ++i) ids.emplace_back(given[i], i);
+    std::sort(ids.begin(), ids.end());
+    std::vector<int64_t> values;
+    for (const auto& [id, place] : ids) {
+      values.push_back(id);
+      order.push_back(place);
+    }
+    return values;
+  }
+
   // How far the offsets lie apart.
-  float arrange_offset(const Contrast& given) {
-    offset = Floats(division.padded());
-    weight = Floats(division.padded());
-    float low = 0.0f;
-    if (given.offset != nullptr && given.M > 0) {
-      const auto [least, most] = std::minmax_element(given.offset, given.offset + given.M);
-      low = *least;
-      largest_offset = *most;
-    }
-    for (int64_t j = 0; j < division.padded(); ++j) {
-      const bool real = j < given.M;
-      const float natural = !real ? -kInfinity : given.offset == nullptr ? 0.0f : given.offset[y.place(j)];
-      offset.get()[j] = natural * kLog2E;
-      weight.get()[j] = !real ? 0.0f : given.offset == nullptr ? 1.0f : std::exp(natural - largest_offset);
-    }
-    sheet.offset = offset.get();
-    sheet.weight = weight.get();
-    return largest_offset - low;
+  float arrange_offsets(const Contrast& given) {
+    float low = kInfinity, high = -kInfinity;
+    const auto widen = [&](const float* offset, int64_t n) {
+      if (offset == nullptr || n == 0) return;
+      const auto [least, most] = std::minmax_element(offset, offset + n);
+      low = std::min(low, *least);
+      high = std::max(high, *most);
+    };
+    if (!given.own) widen(given.down, given.B);
+    widen(given.across, given.M);
+    if (low <= high) largest_offset = high;
+    const auto arrange = [&](const Source& side, const float* natural, int64_t n, Floats& offset, Floats& weight) {
+      offset = arranged(side, natural, natural == nullptr ? 0 : n, -kInfinity);
+      weight = Floats(side.places);
+      for (int64_t i = 0; i < n; ++i) {
+        float& value = offset.get()[i];
+        if (natural == nullptr) value = 0.0f;
+        weight.get()[i] = natural == nullptr ? 1.0f : std::exp(value - largest_offset);
+        value *= kLog2E;
+      }
+    };
+    arrange(y, given.across, given.M, across, across_weight);
+    arrange(x, given.down, given.B, down, down_weight);
+    sheet.across = across.get();
+    sheet.across_weight = across_weight.get();
+    sheet.down = down.get();
+    sheet.down_weight = down_weight.get();
+    return low <= high ? high - low : 0.0f;
   }
 
   // No logit is larger than this; NaN if one may be NaN.
@@ -245,18 +271,19 @@ struct Arrangement {
 };
 
 void check(const Contrast& given) {
-  if (given.B < 0 || given.M < given.B || given.V < 1) {
-    throw std::invalid_argument("contrastive_loss: B must be at least 0, M at least B and V at least 1");
+  if (given.B < 0 || given.N < 0 || given.M < given.N || given.V < 1 || (given.own && given.N != given.B)) {
+    throw std::invalid_argument("contrastive_loss: B and N must be at least 0, M at least N and V at least 1");
   }
 }
 
 // log(sums) + shifts to base 2 (null = the one shift) in the caller's order. False if one is not at least `lowest`.
-bool finish(const Arrangement& a, const Floats& sums, const float* shifts, float lowest, float* out) {
+bool finish(const Arrangement& a, const Source& side, int64_t n, const Floats& sums, const float* shifts, float lowest,
+            float* out) {
   bool good = true;
-  for (int64_t i = 0; out != nullptr && i < a.sheet.B; ++i) {
+  for (int64_t i = 0; out != nullptr && i < n; ++i) {
     const float value = std::log(sums.get()[i]) + (shifts == nullptr ? a.shift : kLn2 * shifts[i]);
     good = good && value >= lowest;
-    out[a.x.place(i)] = value;
+    out[side.place(i)] = value;
   }
   return good;
 }
@@ -267,9 +294,9 @@ bool at_least(float lowest, const float* of_rows, int64_t n) {
 
 // What softmaxes() takes for a direction: its logsumexp to base 2 or, with one shift, the factor of the exponentials.
 // Where there is no gradient or no candidate, an infinite logsumexp makes every share of it 0.
-Floats factors(const Arrangement& a, const float* of_rows, const Floats& gradient) {
-  Floats lse = a.arranged(of_rows, kInfinity);
-  for (int64_t i = 0; i < a.sheet.padded_M; ++i) {
+Floats factors(const Arrangement& a, const Source& side, int64_t n, const float* of_side, const Floats& gradient) {
+  Floats lse = Arrangement::arranged(side, of_side, n, kInfinity);
+  for (int64_t i = 0; i < side.places; ++i) {
     float& value = lse.get()[i];
     if (value == -kInfinity) value = kInfinity;
     value = a.sheet.one_shift ? gradient.get()[i] * std::exp(a.shift - value) : kLog2E * value;
@@ -292,8 +319,8 @@ void contrastive_loss_forward(const Contrast& given, const ShiftLimits& limits, 
   if (a.sheet.one_shift) {
     const Floats row_sum(a.sheet.B), col_sum(a.sheet.padded_M);
     run_forward(a, {a.sheet, row_sum.get(), nullptr, col_sum.get(), nullptr});
-    const bool rows_fit = finish(a, row_sum, nullptr, a.shift + limits.low, row);
-    if (finish(a, col_sum, nullptr, a.shift + limits.low, col) && rows_fit) return;
+    const bool rows_fit = finish(a, a.x, given.B, row_sum, nullptr, a.shift + limits.low, row);
+    if (finish(a, a.y, given.N, col_sum, nullptr, a.shift + limits.low, col) && rows_fit) return;
   }
   const Floats row_sum(a.sheet.B), row_max(a.sheet.B), col_sum(a.sheet.padded_M), col_max(a.sheet.padded_M);
   std::fill(row_max.get(), row_max.get() + a.sheet.B, std::numeric_limits<float>::lowest());
@@ -301,8 +328,8 @@ void contrastive_loss_forward(const Contrast& given, const ShiftLimits& limits, 
   ForwardJob job{a.sheet, row_sum.get(), row_max.get(), col_sum.get(), col_max.get()};
   job.sheet.one_shift = false;
   run_forward(a, job);
-  finish(a, row_sum, row_max.get(), -kInfinity, row);
-  finish(a, col_sum, col_max.get(), -kInfinity, col);
+  finish(a, a.x, given.B, row_sum, row_max.get(), -kInfinity, row);
+  finish(a, a.y, given.N, col_sum, col_max.get(), -kInfinity, col);
 }
 
 void contrastive_loss_backward(const Contrast& given, const ShiftLimits& limits, const float* row, const float* col,
@@ -312,15 +339,15 @@ void contrastive_loss_backward(const Contrast& given, const ShiftLimits& limits,
   const bool need_x = to.dx != nullptr || to.dscale != nullptr, need_y = to.dy != nullptr;
   Arrangement a(given, limits, need_x, 1 + need_x + need_y, threads, isa);
   const float lowest = a.shift + limits.low;
-  a.sheet.one_shift = a.sheet.one_shift && at_least(lowest, row, given.B) && at_least(lowest, col, given.B);
+  a.sheet.one_shift = a.sheet.one_shift && at_least(lowest, row, given.B) && at_least(lowest, col, given.N);
   const Sheet& sheet = a.sheet;
 
-  const Floats to_rows = a.arranged(row == nullptr ? nullptr : drow, 0.0f);
-  const Floats to_cols = a.arranged(col == nullptr ? nullptr : dcol, 0.0f);
-  const Floats rows = factors(a, row, to_rows), cols = factors(a, col, to_cols);
+  const Floats to_rows = Arrangement::arranged(a.x, row == nullptr ? nullptr : drow, given.B, 0.0f);
+  const Floats to_cols = Arrangement::arranged(a.y, col == nullptr ? nullptr : dcol, given.N, 0.0f);
+  const Floats rows = factors(a, a.x, given.B, row, to_rows), cols = factors(a, a.y, given.N, col, to_cols);
   const int64_t width = (sheet.V + a.table.panel - 1) / a.table.panel * a.table.panel;
   const Floats dx(need_x ? sheet.B * width : 0), dy(need_y ? sheet.padded_M * width : 0);
-  const Floats down(sheet.padded_M), across(sheet.padded_M);
+  const Floats down(sheet.B), across(sheet.padded_M);
   const BackwardJob job{sheet, rows.get(), to_rows.get(), cols.get(), to_cols.get(), need_x ? dx.get() : nullptr,
                         need_y ? dy.get() : nullptr, down.get(), to.doffset != nullptr ? across.get() : nullptr};
   a.division.each_block([&](const Range& r, const Range& c) {
@@ -334,8 +361,12 @@ void contrastive_loss_backward(const Contrast& given, const ShiftLimits& limits,
     if (need_y) a.table.unpack(dy.get(), a.y, kLn2, c.begin, std::min(c.end, sheet.M), to.dy, nullptr);
   });
   if (to.dscale != nullptr) *to.dscale = std::accumulate(dots.begin(), dots.end(), 0.0);
-  for (int64_t j = 0; to.doffset != nullptr && j < sheet.M; ++j) {
-    to.doffset[a.y.place(j)] = down.get()[j] + across.get()[j];
+  if (to.doffset == nullptr) return;
+  float* const to_across = to.doffset + (given.own ? 0 : sheet.B);
+  for (int64_t j = 0; j < sheet.M; ++j) to_across[a.y.place(j)] = across.get()[j];
+  for (int64_t i = 0; i < sheet.B; ++i) {
+    float& share = to.doffset[a.x.place(i)];
+    share = given.own ? share + down.get()[i] : down.get()[i];
   }
 }
 

@@ -1,11 +1,12 @@
 // What the contrastive loss needs of S = scale x y^T, of which no more than a tile a thread is ever there.
 //
-// B rows of x, M = B + K candidates in the rows of y, all of width V. Row i's candidates are the j that are neither i
-// nor of i's item (equal item_ids, for j < B):
-//   row[i] = logsumexp_j (S[i,j] + offset[j]), j < M        col[j] = logsumexp_i (S[i,j] + offset[i]), i < B, for j < B
+// B rows of x, M = N + K candidates in the rows of y, all of width V. Row i's candidates are the j that are neither i
+// (where the first N are the rows' own batch) nor of i's item (equal ids, for j < N):
+//   row[i] = logsumexp_j (S[i,j] + across[j]), j < M        col[j] = logsumexp_i (S[i,j] + down[i]), i < B, for j < N
 // -inf where no candidate is left. The gradient to S is
-//   dS[i,j] = drow[i] exp(S[i,j] + offset[j] - row[i]) + dcol[j] exp(S[i,j] + offset[i] - col[j])
-// and gives dx = scale dS y, dy = scale dS^T x, dscale = sum dS (x y^T), doffset = the shares of each candidate.
+//   dS[i,j] = drow[i] exp(S[i,j] + across[j] - row[i]) + dcol[j] exp(S[i,j] + down[i] - col[j])
+// and gives dx = scale dS y, dy = scale dS^T x, dscale = sum dS (x y^T), and to the offsets the shares of each
+// candidate.
 #pragma once
 
 #include <cstdint>
@@ -15,14 +16,15 @@
 namespace em3 {
 
 struct Contrast {
-  std::int64_t B, M, V;
+  std::int64_t B, N, M, V;
+  bool own;        // row i is column i: N = B, and the columns' ids and first offsets are the rows'
   const float* x;  // [B, V], rows x_stride apart
   std::int64_t x_stride;
   const float* y;  // [M, V], rows y_stride apart
   std::int64_t y_stride;
   float scale;
-  const std::int64_t* item_ids;  // [B]; null = every row is an item of its own
-  const float* offset;           // [M]; null = 0
+  const std::int64_t *row_ids, *col_ids;  // [B], [N]; null = every row and column is an item of its own
+  const float *down, *across;             // [B], [M], offsets of rows and columns as candidates; null = 0
 };
 
 // When one exponential a logit, exp(S - shift) with a single shift, serves rows and columns (exponents of e): logits
@@ -42,7 +44,7 @@ struct ContrastGradients {
   float* dx;       // [B, V]
   float* dy;       // [M, V]
   double* dscale;  // one number, a sum that may cancel
-  float* doffset;  // [M]
+  float* doffset;  // [M] for a batch's own columns, else [B + M]: of rows, then of columns
 };
 
 // row and col as the forward wrote them; one that is null has no gradient, nor has one whose drow or dcol is null.

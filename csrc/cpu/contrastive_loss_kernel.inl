@@ -179,11 +179,11 @@ static void logits(const Sheet& sheet, const Range& rows, const Range& cols, flo
 
 static void add_exponentials(const ForwardJob& job, const Range& rows, const Range& cols, const float* tile) {
   const V shift = splat(job.sheet.shift);
-  const float* weight = job.sheet.weight + cols.begin;
+  const float* weight = job.sheet.across_weight + cols.begin;
   float* col = job.col_sum + cols.begin;
   const int64_t width = cols.end - cols.begin;  // the compiler cannot know that no store below changes it
   for (int64_t i = rows.begin; i < rows.end; ++i, tile += kLd) {
-    const V own = splat(job.sheet.weight[i]);
+    const V own = splat(job.sheet.down_weight[i]);
     V total = zero();
     for (int64_t j = 0; j < width; j += kVec) {
       const V e = vexp2(load(tile + j) - shift);
@@ -196,7 +196,7 @@ static void add_exponentials(const ForwardJob& job, const Range& rows, const Ran
 
 // Running maxima and sums. Maxima start at the lowest finite number, so that rows of -inf alone sum to 0 and not NaN.
 static void add_logsumexps(const ForwardJob& job, const Range& rows, const Range& cols, const float* tile) {
-  const float *across = job.sheet.offset + cols.begin, *down = job.sheet.offset;
+  const float *across = job.sheet.across + cols.begin, *down = job.sheet.down;
   const int64_t width = cols.end - cols.begin;
   for (int64_t i = rows.begin; i < rows.end; ++i) {
     const float* logit = tile + (i - rows.begin) * kLd;
@@ -239,13 +239,13 @@ static void forward_block(const ForwardJob& job, const Range& rows, const Range&
 template <bool OneShift, bool Offset>
 static void softmaxes(const BackwardJob& job, const Range& rows, const Range& cols, float* tile) {
   const Sheet& sheet = job.sheet;
-  const float* const candidates = OneShift ? sheet.weight : sheet.offset;
-  const float *const across = candidates + cols.begin;
+  const float* const down = OneShift ? sheet.down_weight : sheet.down;
+  const float* const across = (OneShift ? sheet.across_weight : sheet.across) + cols.begin;
   const float *const lse = job.col + cols.begin, *const dcol = job.dcol + cols.begin;
   const int64_t width = cols.end - cols.begin;
   const V shift = splat(sheet.shift);
   for (int64_t i = rows.begin; i < rows.end; ++i, tile += kLd) {
-    const V own = splat(candidates[i]), row = splat(job.row[i]), drow = splat(job.drow[i]);
+    const V own = splat(down[i]), row = splat(job.row[i]), drow = splat(job.drow[i]);
     V shares = zero();
     for (int64_t j = 0; j < width; j += kVec) {
       const V s = load(tile + j), other = load(across + j), col = load(lse + j);

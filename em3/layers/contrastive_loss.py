@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import contrastive_loss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class ContentIDContrastiveLoss(nn.Module):
@@ -48,15 +52,19 @@ class ContentIDContrastiveLoss(nn.Module):
         return self.log_scale.exp().clamp(max=self.max_logit_scale)
 
     def forward(self, content: Tensor, ids_embedding: Tensor, *, item_ids: Tensor | None = None,
-                log_q: Tensor | None = None, weight: Tensor | None = None, negatives: Tensor | None = None) -> Tensor:  # fmt: skip
-        """``content, ids_embedding [B, V]`` and the rest as in the operation -> a tensor without dimensions, or ``[B]``."""
+                log_q: Tensor | None = None, weight: Tensor | None = None, negatives: Tensor | None = None,
+                group: ProcessGroup | None = None) -> Tensor:  # fmt: skip
+        """``content, ids_embedding [B, V]`` and the rest as in the operation -> a tensor without dimensions, or ``[B]``.
+
+        ``group`` is given here and not kept: a module that holds a process group cannot be copied or saved.
+        """
         if self.training:
             with torch.no_grad():
                 self.log_scale.clamp_(max=math.log(self.max_logit_scale))
         return contrastive_loss(
             content, ids_embedding, item_ids=item_ids, duplicates=self.duplicates, logit_scale=self.logit_scale,
             log_q=log_q, weight=weight, negatives=negatives, direction=self.direction, reduction=self.reduction,
-            normalize=self.normalize, backend=self.backend,
+            normalize=self.normalize, group=group, backend=self.backend,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -1,6 +1,6 @@
 """In-batch contrast without the ``B x B`` matrix: the compiled CPU kernel, float32.
 
-The contract of ``forward`` and ``backward`` is that of ``em3.ops.contrastive_loss``; memory beyond the outputs is a few
+The contract of ``forward`` and ``backward`` is that of ``em3.ops._contrastive_operator``; memory beyond the outputs is a few
 tensors of the inputs' size and one tile a thread. The torch backend says when one exponential serves rows and columns.
 """
 
@@ -40,17 +40,17 @@ def wins(x: Tensor, y: Tensor, scale: Tensor, item_ids: Tensor | None, offset: T
 
 
 def forward(x: Tensor, y: Tensor, scale: Tensor, item_ids: Tensor | None, offset: Tensor | None, rows: bool,
-            cols: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
-    row, col = (empty(x.shape[0] if asked else 0) for asked in (rows, cols))
+            cols: bool, apart: int | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    row, col = empty(x.shape[0] if rows else 0), empty((x.shape[0] if apart is None else apart) if cols else 0)
     cpp.compiled().contrastive_loss_forward(
         *_inputs(x, y, scale, item_ids, offset), row if rows else None, col if cols else None, torch.get_num_threads(),
-        cpp.isa,
+        cpp.isa, apart,
     )  # fmt: skip
     return row, col
 
 
 def backward(drow: Tensor | None, dcol: Tensor | None, x: Tensor, y: Tensor, scale: Tensor, item_ids: Tensor | None,
-             offset: Tensor | None, row: Tensor, col: Tensor, need: list[bool],
+             offset: Tensor | None, row: Tensor, col: Tensor, need: list[bool], apart: int | None = None,
              ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     def room(like: Tensor | None, wanted: bool, dtype: torch.dtype = torch.float32) -> Tensor | None:
         return torch.empty(like.shape, dtype=dtype, device="cpu") if wanted and like is not None else None
@@ -61,7 +61,7 @@ def backward(drow: Tensor | None, dcol: Tensor | None, x: Tensor, y: Tensor, sca
     )  # fmt: skip
     cpp.compiled().contrastive_loss_backward(
         drow, dcol, *_inputs(x, y, scale, item_ids, offset), row if row.numel() else None,
-        col if col.numel() else None, dx, dy, dscale, doffset, torch.get_num_threads(), cpp.isa,
+        col if col.numel() else None, dx, dy, dscale, doffset, torch.get_num_threads(), cpp.isa, apart,
     )  # fmt: skip
     return _or_empty(dx), _or_empty(dy), _or_empty(dscale), _or_empty(doffset)
 

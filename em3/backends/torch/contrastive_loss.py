@@ -1,6 +1,6 @@
 """In-batch contrast without the ``B x B`` matrix: tiles of logits, used once and overwritten, in plain PyTorch.
 
-The contract of ``forward`` and ``backward`` is that of ``em3.ops.contrastive_loss``. Memory beyond the outputs is a few
+The contract of ``forward`` and ``backward`` is that of ``em3.ops._contrastive_operator``. Memory beyond the outputs is a few
 tensors of the inputs' size and two tiles.
 
 Two ways to sum exponentials:
@@ -43,39 +43,49 @@ def wins(*args: object) -> bool:
     return True
 
 
-class Sheet(NamedTuple):
-    """The matrix of logits that is never formed, ``S = x y^T``; with ids, its rows and columns in their order."""
+class Side(NamedTuple):
+    """The rows or the columns of the matrix of logits; with ids, in their order."""
 
-    x: Tensor  # [B, V], times the logit scale
-    y: Tensor  # [M, V]
-    ids: Tensor | None  # [B], ascending
-    offset: Tensor | None  # [M]
-    order: Tensor | None  # [B], where each row came from
+    vectors: Tensor  # [B, V] times the logit scale; [M, V]
+    ids: Tensor | None  # [B]; [N], ascending
+    offset: Tensor | None  # [B]; [M]
+    order: Tensor | None  # [B]; [N], where each came from
+    anchors: int  # B; N, those that have a statistic: the first ones
+
+
+class Sheet(NamedTuple):
+    """The matrix of logits that is never formed, ``S = x y^T``."""
+
+    x: Side
+    y: Side
+    own: bool  # whether row i is column i
     tile: tuple[int, int]
 
 
 def forward(x: Tensor, y: Tensor, scale: Tensor, item_ids: Tensor | None, offset: Tensor | None, rows: bool,
-            cols: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
-    sheet = _arrange(x, y, scale, item_ids, offset)
+            cols: bool, apart: int | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    sheet = _arrange(x, y, scale, item_ids, offset, apart)
     shift = _one_shift(sheet)
     if shift is not None:
         row, col = _sums(sheet, shift, rows, cols)
     if shift is None or not _in_range(sheet, shift, row, col):
         row, col = _logsumexps(sheet, rows, cols)
-    return _restore(sheet, row) if rows else row, _restore(sheet, col) if cols else col
+    return _restored(sheet.x, row) if rows else row, _restored(sheet.y, col) if cols else col
 
 
 def backward(drow: Tensor | None, dcol: Tensor | None, x: Tensor, y: Tensor, scale: Tensor, item_ids: Tensor | None,
-             offset: Tensor | None, row: Tensor, col: Tensor, need: list[bool],
+             offset: Tensor | None, row: Tensor, col: Tensor, need: list[bool], apart: int | None = None,
              ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients to ``x, y, scale, offset``; an empty tensor for each that ``need`` leaves out."""
-    sheet = _arrange(x, y, scale, item_ids, offset)
-    row, col = _arranged(sheet, row), _arranged(sheet, col)
-    drow, dcol = (None if t is None else _arranged(sheet, t) for t in (drow, dcol))
+    sheet = _arrange(x, y, scale, item_ids, offset, apart)
+    row, col = _arranged(sheet.x, row), _arranged(sheet.y, col)
+    drow = None if drow is None else _arranged(sheet.x, drow)
+    dcol = None if dcol is None else _arranged(sheet.y, dcol)
     need_x, need_y, need_scale, need_offset = need
-    to_x = torch.zeros_like(sheet.x) if need_x or need_scale else None  # [B, V]
-    to_y = torch.zeros_like(sheet.y) if need_y else None  # [M, V]
-    to_offset = torch.zeros_like(sheet.offset) if need_offset and sheet.offset is not None else None  # [M]
+    to_x = torch.zeros_like(sheet.x.vectors) if need_x or need_scale else None  # [B, V]
+    to_y = torch.zeros_like(sheet.y.vectors) if need_y else None  # [M, V]
+    # [B] and [M], of the rows and of the columns as candidates
+    to_offset = tuple(x.new_zeros(side.shape[0]) for side in (x, y)) if need_offset and offset is not None else None
     shift = _one_shift(sheet)
     if shift is None or not _in_range(sheet, shift, row, col):
         tiles = _softmaxes(sheet, drow, dcol, row, col, to_offset)
@@ -83,56 +93,88 @@ def backward(drow: Tensor | None, dcol: Tensor | None, x: Tensor, y: Tensor, sca
         tiles = _shifted_softmaxes(sheet, shift, drow, dcol, row, col, to_offset)
     for r, c, ds in tiles:  # [r, c] of the gradient to S
         if to_x is not None:
-            to_x[r].addmm_(ds, sheet.y[c])
+            to_x[r].addmm_(ds, sheet.y.vectors[c])
         if to_y is not None:
-            to_y[c].addmm_(ds.t(), sheet.x[r])
-    dx = x.new_empty(0) if to_x is None else _restore(sheet, to_x)
+            to_y[c].addmm_(ds.t(), sheet.x.vectors[r])
+    dx = x.new_empty(0) if to_x is None else _restored(sheet.x, to_x)
     # S = scale x y^T, so the gradient to the scale is that to S summed against x y^T, row by row.
     dscale = (dx * x).sum(dtype=scale.dtype) if need_scale else x.new_empty(0)
     dx = dx.mul_(scale) if need_x else x.new_empty(0)
     # No tensor may be returned twice: an operator's outputs must not alias.
-    dy, doffset = (x.new_empty(0) if t is None else _restore(sheet, t) for t in (to_y, to_offset))
-    return dx, dy, dscale, doffset
+    dy = x.new_empty(0) if to_y is None else _restored(sheet.y, to_y)
+    return dx, dy, dscale, x.new_empty(0) if to_offset is None else _of_offset(sheet, *to_offset)
 
 
-def _arrange(x: Tensor, y: Tensor, scale: Tensor, item_ids: Tensor | None, offset: Tensor | None) -> Sheet:
+def _of_offset(sheet: Sheet, down: Tensor, across: Tensor) -> Tensor:
+    """The gradient in the form in which ``offset`` came."""
+    if not sheet.own:
+        return torch.cat([_restored(sheet.x, down), _restored(sheet.y, across)])
+    across[: down.shape[0]] += down
+    return _restored(sheet.y, across)
+
+
+def _arrange(x: Tensor, y: Tensor, scale: Tensor, item_ids: Tensor | None, offset: Tensor | None,
+             apart: int | None) -> Sheet:  # fmt: skip
     """Equal ids side by side, so that only tiles near the diagonal hold duplicates and have to compare ids."""
-    dims = (x.shape[0], *y.shape)
+    b, own = x.shape[0], apart is None
     kind = "plain" if item_ids is None else "ids"
-    height, width = decide("contrastive_loss.tile", x, kind, dims, "x".join(map(str, TILE))).split("x")
-    tile = (int(height), int(width))
-    if item_ids is None:
-        return Sheet(x * scale, y.contiguous(), None, offset, None, tile)
-    ids, order = item_ids.sort(stable=True)
-    whole = torch.cat([order, torch.arange(x.shape[0], y.shape[0], device=x.device)])  # [M]
-    return Sheet(x[order] * scale, y[whole], ids, None if offset is None else offset[whole], order, tile)
+    height, width = decide("contrastive_loss.tile", x, kind, (b, *y.shape), "x".join(map(str, TILE))).split("x")
+    first = 0 if own else b  # where the ids and offsets of columns begin
+    of_rows = _sorted(item_ids, 0, b)
+    of_cols = of_rows if own else _sorted(item_ids, b, None)
+    rows = _side(x * scale, of_rows, None if offset is None else offset[:b], b)
+    cols = _side(y, of_cols, None if offset is None else offset[first:], b if apart is None else apart)
+    return Sheet(rows, cols, own, (int(height), int(width)))
 
 
-def _restore(sheet: Sheet, sorted_rows: Tensor) -> Tensor:
-    """Rows in the order of ``sheet`` back in the caller's; extra negatives behind them stay where they are."""
-    if sheet.order is None:
-        return sorted_rows
-    out = torch.empty_like(sorted_rows)
-    b = sheet.order.shape[0]
-    out[sheet.order] = sorted_rows[:b]
-    out[b:] = sorted_rows[b:]
+def _sorted(ids: Tensor | None, begin: int, end: int | None) -> tuple[Tensor, Tensor] | None:
+    return None if ids is None else ids[begin:end].sort(stable=True)
+
+
+def _side(vectors: Tensor, ids: tuple[Tensor, Tensor] | None, offset: Tensor | None, anchors: int) -> Side:
+    if ids is None:
+        return Side(vectors.contiguous(), None, offset, None, anchors)
+    whole = torch.cat([ids[1], torch.arange(anchors, vectors.shape[0], device=vectors.device)])
+    return Side(vectors[whole], ids[0], None if offset is None else offset[whole], ids[1], anchors)
+
+
+def _arranged(side: Side, t: Tensor) -> Tensor:
+    """``t`` in the order of the sheet; a direction that was not asked for has an empty tensor."""
+    return t if side.order is None or not t.numel() else t[side.order]
+
+
+def _restored(side: Side, t: Tensor) -> Tensor:
+    """``t`` from the order of the sheet back in the caller's; extra negatives behind it stay where they are."""
+    if side.order is None:
+        return t
+    out = torch.empty_like(t)
+    out[side.order] = t[: side.anchors]
+    out[side.anchors :] = t[side.anchors :]
     return out
 
 
 def _one_shift(sheet: Sheet) -> float | None:
     """The shift that keeps every ``exp(S - shift)`` under e^TOP; None if summing that way is not worth an attempt."""
-    if sheet.x.device.type != "cpu" or not sheet.x.numel():
+    if sheet.x.vectors.device.type != "cpu" or not sheet.x.vectors.numel() or not sheet.y.vectors.numel():
         return None
-    if sheet.offset is not None:
-        low, high = torch.aminmax(sheet.offset)
-        if not float(high - low) <= LARGEST_SPREAD:
-            return None
-    bound = float(torch.linalg.vector_norm(sheet.x, dim=1).max() * torch.linalg.vector_norm(sheet.y, dim=1).max())
+    low, high = _offsets_range(sheet)
+    if not high - low <= LARGEST_SPREAD:
+        return None
+    longest_x, longest_y = (torch.linalg.vector_norm(side.vectors, dim=1).max() for side in (sheet.x, sheet.y))
+    bound = float(longest_x * longest_y)
     return max(0.0, bound - TOP) if bound <= LARGEST_LOGIT else None
 
 
+def _offsets_range(sheet: Sheet) -> tuple[float, float]:
+    """The smallest and the largest offset; the rows' are among the columns' where these are the same."""
+    if sheet.x.offset is None or sheet.y.offset is None:
+        return 0.0, 0.0
+    ranges = [torch.aminmax(offset) for offset in (sheet.y.offset, *([] if sheet.own else [sheet.x.offset]))]
+    return min(float(low) for low, _ in ranges), max(float(high) for _, high in ranges)
+
+
 def _in_range(sheet: Sheet, shift: float, row: Tensor, col: Tensor) -> bool:
-    lowest = shift + LOW + (0.0 if sheet.offset is None else float(sheet.offset.max()))
+    lowest = shift + LOW + _offsets_range(sheet)[1]
     return all(float(t.min()) >= lowest for t in (row, col) if t.numel())
 
 
@@ -142,12 +184,12 @@ def _blocks(start: int, stop: int, step: int) -> list[slice]:
 
 def _tiles(sheet: Sheet) -> Iterator[tuple[slice, slice, Tensor]]:
     """``S`` tile by tile, in a buffer that the next tile overwrites. No tile spans in-batch and extra candidates."""
-    b, m = sheet.x.shape[0], sheet.y.shape[0]
+    b, n, m = sheet.x.anchors, sheet.y.anchors, sheet.y.vectors.shape[0]
     height, width = sheet.tile
-    buffer = sheet.x.new_empty(min(height, b) * min(width, m))
+    buffer = sheet.x.vectors.new_empty(min(height, b) * min(width, m))
     for r in _blocks(0, b, height):
-        for c in _blocks(0, b, width) + _blocks(b, m, width):
-            yield r, c, torch.mm(sheet.x[r], sheet.y[c].t(), out=_part(buffer, r, c))
+        for c in _blocks(0, n, width) + _blocks(n, m, width):
+            yield r, c, torch.mm(sheet.x.vectors[r], sheet.y.vectors[c].t(), out=_part(buffer, r, c))
 
 
 def _part(buffer: Tensor, r: slice, c: slice) -> Tensor:
@@ -157,25 +199,25 @@ def _part(buffer: Tensor, r: slice, c: slice) -> Tensor:
 
 def _exclude(sheet: Sheet, tile: Tensor, r: slice, c: slice, value: float) -> None:
     """Write ``value`` where a row meets itself or, with ids, its own item."""
-    if c.start >= sheet.x.shape[0]:
+    if c.start >= sheet.y.anchors:
         return
-    if sheet.ids is None:
+    if sheet.x.ids is None or sheet.y.ids is None:
         low, high = max(r.start, c.start), min(r.stop, c.stop)
-        if low < high:
+        if sheet.own and low < high:
             tile[low - r.start : high - r.start, low - c.start : high - c.start].diagonal().fill_(value)
         return
-    down, across = sheet.ids[r], sheet.ids[c]
-    apart = sheet.ids.device.type == "cpu" and bool((down[-1] < across[0]) | (across[-1] < down[0]))
+    down, across = sheet.x.ids[r], sheet.y.ids[c]
+    apart = down.device.type == "cpu" and bool((down[-1] < across[0]) | (across[-1] < down[0]))
     if not apart:
         tile.masked_fill_(down[:, None] == across, value)
 
 
-def _weights(sheet: Sheet) -> tuple[Tensor | None, float]:
-    """``exp(offset - top) [M]`` and ``top``, for the offsets' share of the single exponential."""
-    if sheet.offset is None:
-        return None, 0.0
-    top = sheet.offset.max()
-    return (sheet.offset - top).exp_(), float(top)
+def _weights(sheet: Sheet) -> tuple[Tensor | None, Tensor | None, float]:
+    """``exp(offset - top)`` of rows ``[B]`` and columns ``[M]``, and ``top``: the offsets' share of the exponential."""
+    if sheet.x.offset is None or sheet.y.offset is None:
+        return None, None, 0.0
+    top = _offsets_range(sheet)[1]
+    return (sheet.x.offset - top).exp_(), (sheet.y.offset - top).exp_(), top
 
 
 def _exponentials(sheet: Sheet, shift: float) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -188,76 +230,74 @@ def _exponentials(sheet: Sheet, shift: float) -> Iterator[tuple[slice, slice, Te
 
 
 def _sums(sheet: Sheet, shift: float, rows: bool, cols: bool) -> tuple[Tensor, Tensor]:
-    b = sheet.x.shape[0]
-    weights, top = _weights(sheet)
-    row, col = sheet.x.new_zeros(b if rows else 0), sheet.x.new_zeros(b if cols else 0)
+    down, across, top = _weights(sheet)
+    row, col = (
+        side.vectors.new_zeros(side.anchors if asked else 0) for side, asked in ((sheet.x, rows), (sheet.y, cols))
+    )
     for r, c, e in _exponentials(sheet, shift):
         if rows:
-            row[r] += e.sum(1) if weights is None else torch.mv(e, weights[c])
-        if cols and c.start < b:
-            col[c] += e.sum(0) if weights is None else torch.mv(e.t(), weights[r])
+            row[r] += e.sum(1) if across is None else torch.mv(e, across[c])
+        if cols and c.start < sheet.y.anchors:
+            col[c] += e.sum(0) if down is None else torch.mv(e.t(), down[r])
     return row.log_().add_(shift + top), col.log_().add_(shift + top)
 
 
 def _shifted_softmaxes(sheet: Sheet, shift: float, drow: Tensor | None, dcol: Tensor | None, row: Tensor, col: Tensor,
-                       to_offset: Tensor | None) -> Iterator[tuple[slice, slice, Tensor]]:  # fmt: skip
+                       to_offset: tuple[Tensor, ...] | None) -> Iterator[tuple[slice, slice, Tensor]]:  # fmt: skip
     """The gradient to ``S``: ``e_ij (a_i w_j + b_j w_i)``, the two softmaxes from one exponential."""
-    weights, top = _weights(sheet)
-    batch, m = sheet.x.shape[0], sheet.y.shape[0]
-    a = sheet.x.new_zeros(batch) if drow is None else drow * (shift + top - row).exp_()  # [B]
-    b = sheet.x.new_zeros(m)  # the columns of extra negatives have no softmax
+    down, across, top = _weights(sheet)
+    m = sheet.y.vectors.shape[0]
+    a = sheet.x.vectors.new_zeros(sheet.x.anchors) if drow is None else drow * (shift + top - row).exp_()  # [B]
+    b = sheet.x.vectors.new_zeros(m)  # the columns of extra negatives have no softmax
     if dcol is not None:
-        b[:batch] = dcol * (shift + top - col).exp_()
-    buffer = sheet.x.new_empty(min(sheet.tile[0], batch) * min(sheet.tile[1], m))
+        b[: sheet.y.anchors] = dcol * (shift + top - col).exp_()
+    buffer = sheet.x.vectors.new_empty(min(sheet.tile[0], sheet.x.anchors) * min(sheet.tile[1], m))
     for r, c, e in _exponentials(sheet, shift):
         factor = _part(buffer, r, c)
-        if weights is None:
+        if down is None or across is None:
             torch.add(a[r, None], b[c], out=factor)
         else:
-            torch.mul(a[r, None], weights[c], out=factor).addcmul_(weights[r, None], b[c])
-        if to_offset is not None and weights is not None:
-            to_offset[c] += torch.mv(e.t(), a[r]) * weights[c]
-            to_offset[r] += torch.mv(e, b[c]) * weights[r]
+            torch.mul(a[r, None], across[c], out=factor).addcmul_(down[r, None], b[c])
+            if to_offset is not None:
+                to_offset[0][r] += torch.mv(e, b[c]) * down[r]
+                to_offset[1][c] += torch.mv(e.t(), a[r]) * across[c]
         yield r, c, e.mul_(factor)
 
 
-def _arranged(sheet: Sheet, t: Tensor) -> Tensor:
-    """``[B]`` in the order of the sheet; a direction that was not asked for has an empty tensor."""
-    return t if sheet.order is None or not t.numel() else t[sheet.order]
-
-
 def _logsumexps(sheet: Sheet, rows: bool, cols: bool) -> tuple[Tensor, Tensor]:
-    b = sheet.x.shape[0]
-    row, col = (sheet.x.new_full((b if asked else 0,), -torch.inf) for asked in (rows, cols))
+    row, col = (
+        side.vectors.new_full((side.anchors if asked else 0,), -torch.inf)
+        for side, asked in ((sheet.x, rows), (sheet.y, cols))
+    )
     for r, c, tile in _tiles(sheet):
         _exclude(sheet, tile, r, c, -torch.inf)
         if rows:
-            row[r] = torch.logaddexp(row[r], _offset(sheet, tile, c).logsumexp(1))
-        if cols and c.start < b:
-            col[c] = torch.logaddexp(col[c], _offset(sheet, tile.t(), r).logsumexp(1))
+            row[r] = torch.logaddexp(row[r], _offset(sheet.y, tile, c).logsumexp(1))
+        if cols and c.start < sheet.y.anchors:
+            col[c] = torch.logaddexp(col[c], _offset(sheet.x, tile.t(), r).logsumexp(1))
     return row, col
 
 
 def _softmaxes(sheet: Sheet, drow: Tensor | None, dcol: Tensor | None, row: Tensor, col: Tensor,
-               to_offset: Tensor | None) -> Iterator[tuple[slice, slice, Tensor]]:  # fmt: skip
+               to_offset: tuple[Tensor, ...] | None) -> Iterator[tuple[slice, slice, Tensor]]:  # fmt: skip
     # A row without a candidate has only -inf logits: against +inf instead of -inf they give 0, not NaN.
     row, col = (t.masked_fill(t == -torch.inf, torch.inf) for t in (row, col))
     for r, c, tile in _tiles(sheet):
         _exclude(sheet, tile, r, c, -torch.inf)
         ds = torch.zeros_like(tile)
         if drow is not None:
-            share = (_offset(sheet, tile, c) - row[r, None]).exp_().mul_(drow[r, None])  # [r, c]
+            share = (_offset(sheet.y, tile, c) - row[r, None]).exp_().mul_(drow[r, None])  # [r, c]
             ds += share
             if to_offset is not None:
-                to_offset[c] += share.sum(0)
-        if dcol is not None and c.start < sheet.x.shape[0]:
-            share = (_offset(sheet, tile.t(), r) - col[c, None]).exp_().mul_(dcol[c, None])  # [c, r]
+                to_offset[1][c] += share.sum(0)
+        if dcol is not None and c.start < sheet.y.anchors:
+            share = (_offset(sheet.x, tile.t(), r) - col[c, None]).exp_().mul_(dcol[c, None])  # [c, r]
             ds += share.t()
             if to_offset is not None:
-                to_offset[r] += share.sum(0)
+                to_offset[0][r] += share.sum(0)
         yield r, c, ds
 
 
-def _offset(sheet: Sheet, tile: Tensor, candidates: slice) -> Tensor:
+def _offset(candidates: Side, tile: Tensor, which: slice) -> Tensor:
     """``[anchors, candidates]`` with the candidates' offsets added."""
-    return tile if sheet.offset is None else tile + sheet.offset[candidates]
+    return tile if candidates.offset is None else tile + candidates.offset[which]
