@@ -14,6 +14,7 @@ except ModuleNotFoundError as error:
 
 from . import ops
 from ._version import __version__
+from .data.content_bank import ContentBank
 from .jagged import Jagged
 from .layers import ContentIDContrastiveLoss, FusionQFormer, LoRALinear, LoRATargetAttention, QFormerAttention
 from .models import EM3
@@ -23,6 +24,7 @@ from .ops._dispatch import BackendError, set_backend, use_backend
 __all__ = [
     "EM3",
     "BackendError",
+    "ContentBank",
     "ContentIDContrastiveLoss",
     "FusionQFormer",
     "Jagged",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ LOCK = ".lock"
 
 
 class LockedError(OSError):
-    """A folder that another process writes; the message names both."""
+    """A folder or file that another process writes; the message names both."""
 
 
 @contextlib.contextmanager
@@ -57,21 +58,41 @@ def whole_lines(path: str | os.PathLike[str]) -> list[Any]:
 def locked(folder: str | os.PathLike[str], *, wait: bool = False) -> Iterator[None]:
     """``folder``, made if needed, as this process's own to write. However the process ends, the kernel gives it back.
 
-    Its file ``.lock`` stays: were it removed, two processes could hold two files of that name.
-
     Raises:
         LockedError: if another process has it; with ``wait`` it is waited for instead.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with open(Path(folder) / LOCK, "a+") as file:
+    with _held(Path(folder) / LOCK, f"{folder}: process", "is at work in it; let it end, or choose another folder", wait):
+        yield
+
+
+@contextlib.contextmanager
+def written_by_us(path: str | os.PathLike[str]) -> Iterator[None]:
+    """``path`` as this block's own to write with :func:`atomic`; what a killed writer of it left behind is removed.
+
+    The lock is a file beside it, ``.NAME.lock``.
+
+    Raises:
+        LockedError: if another process, or another thread of this one, has it.
+    """
+    target = Path(path)
+    with _held(target.with_name(f".{target.name}{LOCK}"), f"{path}: process", "is writing it; let it end", wait=False):
+        for left_behind in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+            left_behind.unlink()
+        yield
+
+
+@contextlib.contextmanager
+def _held(path: Path, who: str, does_what: str, wait: bool) -> Iterator[None]:
+    """A locked file, which stays: were it removed, two processes could hold two files of that name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            holder = file.read() or "another one"
-            raise LockedError(f"{folder}: process {holder} is at work in it; let it end, or choose another folder") from None
+            raise LockedError(f"{who} {file.read() or 'another one'} {does_what}") from None
         except OSError as error:  # a file system without locks is no reason not to work
-            log.warning("%s: cannot be locked (%s): take care that only one process works in it", folder, error)
+            log.warning("%s: cannot be locked (%s): take care that only one process works in it", path.parent, error)
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

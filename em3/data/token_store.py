@@ -14,13 +14,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import math
-import mmap
 import os
 import re
-import struct
-import warnings
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,17 +25,17 @@ from torch import Tensor
 
 from ..files import atomic
 from ..jagged import Jagged, check_offsets_form
+from .tensor_file import Kind, Shapes, TensorFile, TensorFileWriter, check_rows
 
-FORMAT, VERSION = "em3.token_store", 1
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-_ALL_DTYPES = DTYPES | {"I64": torch.int64, "U8": torch.uint8}
-_CODES = {dtype: code for code, dtype in _ALL_DTYPES.items()}
-_ALIGNMENT = 64  # where the data begin; every dtype in the file divides it
-_LONGEST_HEADER = 100_000_000  # the limit of the safetensors format
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class TokenStoreError(ValueError):
     """A file that is not a token store, not whole, damaged, or of a newer format; the message begins with its path."""
+
+
+KIND = Kind("em3.token_store", 1, "token store", TokenStoreError)
 
 
 class TokenStore:
@@ -50,12 +45,10 @@ class TokenStore:
     DataLoader's workers have). A pickled store is its path, opened again.
     """
 
-    def __init__(self, path: Path, header: dict[str, Any], data: Tensor) -> None:
-        self.path = path
-        self._metadata: dict[str, str] = header.pop("__metadata__")
-        self._header, self._data = header, data  # data: uint8, the bytes of all tensors
-        self._values = {name: self._tensor(f"streams.{name}.values") for name in self.names}
-        self._offsets = {name: self._tensor(f"streams.{name}.offsets") for name in self.names}
+    def __init__(self, file: TensorFile) -> None:
+        self.path, self._file = file.path, file
+        self._values = {name: file.tensor(f"streams.{name}.values") for name in self.names}
+        self._offsets = {name: file.tensor(f"streams.{name}.offsets") for name in self.names}
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> TokenStore:
@@ -65,21 +58,12 @@ class TokenStore:
             TokenStoreError: naming the path and what is wrong with it.
             OSError: if there is no such file, or it cannot be read.
         """
-        path = Path(path)
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            header, begin = _read_header(path, file, size)
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        with warnings.catch_warnings():
-            # torch warns that the memory is not writable; no tensor that shares it leaves the store.
-            warnings.simplefilter("ignore", UserWarning)
-            whole = torch.frombuffer(mapped, dtype=torch.uint8)
-        return cls(path, header, whole[begin:])
+        return cls(TensorFile(path, KIND))
 
     @property
     def names(self) -> list[str]:
         """The streams, in the order in which they were written."""
-        matches = (re.fullmatch(r"streams\.(.*)\.values", key, re.DOTALL) for key in self._header)
+        matches = (re.fullmatch(r"streams\.(.*)\.values", key, re.DOTALL) for key in self._file.entries)
         return [match[1] for match in matches if match]
 
     @property
@@ -89,24 +73,24 @@ class TokenStore:
 
     @property
     def num_items(self) -> int:
-        return int(self._header["item_ids.offsets"]["shape"][0]) - 1
+        return int(self._file.entries["item_ids.offsets"]["shape"][0]) - 1
 
     @property
     def dtype(self) -> torch.dtype:
         """What the values are stored in."""
-        return DTYPES[self._metadata["dtype"]]
+        return DTYPES[self._file.metadata["dtype"]]
 
     @property
     def about(self) -> dict[str, Any]:
         """What the writer said about the tokens."""
-        about: dict[str, Any] = json.loads(self._metadata["about"])
+        about: dict[str, Any] = json.loads(self._file.metadata["about"])
         return about
 
     @property
     def item_ids(self) -> list[str]:
         """The items' names in the order of the rows, decoded anew at each call."""
-        names = self._tensor("item_ids.values").numpy().tobytes()
-        ends = self._tensor("item_ids.offsets").tolist()
+        names = self._file.tensor("item_ids.values").numpy().tobytes()
+        ends = self._file.tensor("item_ids.offsets").tolist()
         return [names[a:b].decode() for a, b in itertools.pairwise(ends)]
 
     def read(self, rows: Tensor) -> list[Jagged]:
@@ -119,11 +103,7 @@ class TokenStore:
             ValueError: if ``rows`` is of another shape or dtype, or a row is not in the store.
             TokenStoreError: if the offsets of these items are damaged.
         """
-        if rows.dim() != 1 or rows.dtype != torch.int64:
-            raise ValueError(f"rows: was {rows.dtype} {list(rows.shape)}, must be torch.int64 [U]")
-        outside = (rows < 0) | (rows >= self.num_items)
-        if outside.any():
-            raise ValueError(f"rows: was {int(rows[outside][0])}, must be from 0 to {self.num_items - 1}: {self.path}")
+        check_rows(rows, self.num_items, str(self.path))
         return [self._read(name, rows) for name in self.names]
 
     def _read(self, name: str, rows: Tensor) -> Jagged:
@@ -143,10 +123,7 @@ class TokenStore:
         Raises:
             TokenStoreError: naming the tensors that are damaged.
         """
-        checksums = json.loads(self._metadata["checksums"])
-        damaged = [name for name in self._header if _hex(zlib.crc32(self._bytes(name).numpy().data)) != checksums[name]]
-        if damaged:
-            raise TokenStoreError(f"{self.path}: damaged: {', '.join(damaged)}; write the store again")
+        self._file.verify()
 
     @classmethod
     def write(cls, path: str | os.PathLike[str], streams: Mapping[str, tuple[Tensor, Tensor]], *,
@@ -192,14 +169,6 @@ class TokenStore:
             yield writer
             writer.finish()
 
-    def _tensor(self, name: str) -> Tensor:
-        entry = self._header[name]
-        return self._bytes(name).view(_ALL_DTYPES[entry["dtype"]]).view(entry["shape"])
-
-    def _bytes(self, name: str) -> Tensor:
-        begin, end = self._header[name]["data_offsets"]
-        return self._data[begin:end]
-
     def __reduce__(self) -> tuple[Any, tuple[Path]]:
         return TokenStore.open, (self.path,)
 
@@ -224,15 +193,12 @@ class TokenStoreWriter:
         self._file, self._dtype, self._widths, self._items = file, dtype, dict(widths), len(item_ids)
         self._left = list(widths)  # the stream being written and those still to come
         self._lengths: dict[str, list[Tensor]] = {name: [] for name in widths}
-        self._checksums: dict[str, int] = {}
         names = [item.encode() for item in item_ids]
         self._names = torch.tensor(bytearray(b"".join(names)), dtype=torch.uint8)
         self._name_ends = _ends([torch.tensor([len(name) for name in names], dtype=torch.int64)])
-        self._metadata = {"format": FORMAT, "version": str(VERSION), "dtype": _CODES[dtype],
-                          "about": json.dumps(dict(about))}  # fmt: skip
-        longest = self._header(dict.fromkeys(widths, 2**40))
-        self._begin = -(-(8 + len(longest)) // _ALIGNMENT) * _ALIGNMENT
-        file.seek(self._begin + 8 * (self._items + 1) * (len(widths) + 1))  # the offsets, counted at the end
+        metadata = {"dtype": _CODES[dtype], "about": json.dumps(dict(about))}
+        self._writer = TensorFileWriter(file, KIND, metadata, self._shapes(dict.fromkeys(widths, 2**40)))
+        file.seek(8 * (self._items + 1) * (len(widths) + 1), os.SEEK_CUR)  # the offsets, counted at the end
 
     def append(self, name: str, values: Tensor, offsets: Tensor) -> None:
         """The next items of a stream: values ``[T, C]``, offsets ``[k + 1]``; one stream is ended before the next begins.
@@ -253,7 +219,7 @@ class TokenStoreWriter:
         if stored.isinf().sum() != values.isinf().sum():
             raise ValueError(f"stream {name!r}: a value was too large for {self._dtype}, must be stored in a wider dtype")
         del self._left[: self._left.index(name)]
-        self._emit(f"streams.{name}.values", stored)
+        self._writer.write(f"streams.{name}.values", stored)
         self._lengths[name].append(lengths)
 
     def finish(self) -> None:
@@ -262,77 +228,20 @@ class TokenStoreWriter:
             count = sum(map(len, lengths))
             if count != self._items:
                 raise ValueError(f"stream {name!r}: had {count} sequences, must have one for each of {self._items} items")
-            self._checksums.setdefault(f"streams.{name}.values", 0)  # a catalogue without items has no values
-        self._emit("item_ids.values", self._names)
-        self._file.seek(self._begin)
+        self._writer.write("item_ids.values", self._names)
+        self._file.seek(self._writer.begin)
         for name, lengths in self._lengths.items():
-            self._emit(f"streams.{name}.offsets", _ends(lengths))
-        self._emit("item_ids.offsets", self._name_ends)
-        tokens = {name: int(_ends(lengths)[-1]) for name, lengths in self._lengths.items()}
-        header = self._header(tokens).ljust(self._begin - 8)
-        self._file.seek(0)
-        self._file.write(struct.pack("<Q", len(header)) + header)
+            self._writer.write(f"streams.{name}.offsets", _ends(lengths))
+        self._writer.write("item_ids.offsets", self._name_ends)
+        self._writer.finish(self._shapes({name: int(_ends(lengths)[-1]) for name, lengths in self._lengths.items()}))
 
-    def _header(self, tokens: dict[str, int]) -> bytes:
-        shapes = {f"streams.{name}.offsets": [self._items + 1] for name in tokens}
-        shapes["item_ids.offsets"] = [self._items + 1]
-        shapes |= {f"streams.{name}.values": [count, self._widths[name]] for name, count in tokens.items()}
-        shapes["item_ids.values"] = list(self._names.shape)
-        entries, begin = {}, 0
-        for name, shape in shapes.items():
-            kind = torch.int64 if name.endswith("offsets") else torch.uint8 if name.startswith("item_ids") else self._dtype
-            end = begin + math.prod(shape) * kind.itemsize
-            entries[name] = {"dtype": _CODES[kind], "shape": shape, "data_offsets": [begin, end]}
-            begin = end
-        checksums = {name: _hex(self._checksums.get(name, 0)) for name in shapes}
-        metadata = self._metadata | {"checksums": json.dumps(checksums)}
-        metadata["header_checksum"] = _header_checksum(metadata, entries)
-        return json.dumps({"__metadata__": metadata} | entries).encode()
-
-    def _emit(self, name: str, tensor: Tensor) -> None:
-        raw = tensor.contiguous().flatten().view(torch.uint8).numpy().data
-        self._checksums[name] = zlib.crc32(raw, self._checksums.get(name, 0))
-        self._file.write(raw)
-
-
-def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
-    """The header and the place where the data begin."""
-    foreign = f"{path}: is not a token store"
-    if size < 8:
-        raise TokenStoreError(f"{foreign}: it is {size} bytes long, the header alone is longer")
-    (length,) = struct.unpack("<Q", file.read(8))
-    if length > _LONGEST_HEADER:
-        raise TokenStoreError(f"{foreign}: it does not begin like a safetensors file")
-    if size < 8 + length:
-        raise TokenStoreError(f"{path}: is {size} bytes long, must be longer than {8 + length}: it is cut off or foreign")
-    try:
-        header = json.loads(file.read(length))
-        metadata = header["__metadata__"]
-        own = metadata["format"] == FORMAT
-        version = int(metadata["version"]) if own else 0
-    except (ValueError, KeyError, TypeError):
-        raise TokenStoreError(f"{foreign}, or its header is damaged") from None
-    if not own:
-        raise TokenStoreError(f"{foreign}: it is a safetensors file of format {metadata['format']!r}")
-    if version > VERSION:
-        raise TokenStoreError(f"{path}: is of format version {version}, this em3 reads up to {VERSION}: use a newer em3")
-    checksum = metadata.pop("header_checksum", None)
-    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    if checksum != _header_checksum(metadata, entries):
-        raise TokenStoreError(f"{path}: its header is damaged; write the store again")
-    must = 8 + length + max(entry["data_offsets"][1] for entry in entries.values())
-    if size != must:
-        raise TokenStoreError(f"{path}: is {size} bytes long, must be {must}: it is {'cut off' if size < must else 'too long'}")
-    return header, 8 + length
-
-
-def _header_checksum(metadata: dict[str, str], entries: dict[str, Any]) -> str:
-    return _hex(zlib.crc32(json.dumps([metadata, entries]).encode()))
-
-
-def _hex(checksum: int) -> str:
-    """Always equally long, so that the header's length does not depend on it."""
-    return f"{checksum:08x}"
+    def _shapes(self, tokens: dict[str, int]) -> Shapes:
+        """Of the file's tensors in their order, where the streams have so many tokens."""
+        shapes = {f"streams.{name}.offsets": (torch.int64, [self._items + 1]) for name in tokens}
+        shapes["item_ids.offsets"] = (torch.int64, [self._items + 1])
+        shapes |= {f"streams.{name}.values": (self._dtype, [count, self._widths[name]]) for name, count in tokens.items()}
+        shapes["item_ids.values"] = (torch.uint8, list(self._names.shape))
+        return shapes
 
 
 def _ends(lengths: list[Tensor]) -> Tensor:

@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from em3.data.token_store import TokenStore, TokenStoreError, _header_checksum
+from em3.data.tensor_file import header_checksum
+from em3.data.token_store import TokenStore, TokenStoreError
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -276,7 +277,7 @@ def test_open_reads_only_the_header(tmp_path: Path) -> None:
     header["streams.image.values"]["shape"][0] = 2**36 // 4
     header["streams.image.values"]["data_offsets"][1] += grown
     header["item_ids.values"]["data_offsets"] = [place + grown for place in header["item_ids.values"]["data_offsets"]]
-    metadata["header_checksum"] = _header_checksum(metadata, header)
+    metadata["header_checksum"] = header_checksum(metadata, header)
     text = json.dumps({"__metadata__": metadata} | header).encode().ljust(length + 64)
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text + whole[8 + length :])
