@@ -43,7 +43,7 @@ def threads():
     cpp.compiled().set_thread_runtime("auto")
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
+@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16"])
 def forced_isa(request, monkeypatch):
     reason = cpp.compiled().cpu_features()["isa"].get(request.param, "not compiled on this platform")
     if reason is not None:
@@ -51,10 +51,12 @@ def forced_isa(request, monkeypatch):
     monkeypatch.setattr(cpp, "isa", request.param)
 
 
-def test_dropout_on_every_instruction_set(forced_isa):
+def test_dropout_on_every_instruction_set(forced_isa, monkeypatch):
     """One item of 1,300 tokens is cut into parts, and its tokens into tiles: the mask must not see it."""
     made = make(1, 3, 5, 8, [24, 16], [1300, [700]], masked=True)
-    oracle.check(dropout.op("cpp", 0.3, 5), dropout.dropped(0.3, 5), made, torch.float32)
+    monkeypatch.setattr(cpp, "multiplies_bf16", lambda: True)
+    for dtype in (torch.float32, torch.bfloat16):
+        oracle.check(dropout.op("cpp", 0.3, 5), dropout.dropped(0.3, 5), made, dtype)
 
 
 @pytest.mark.parametrize("per_item", [False, True])
@@ -63,6 +65,36 @@ def test_every_instruction_set(forced_isa, per_item):
     for heads, q in ((1, 1), (3, 1), (2, 3), (3, 5), (9, 8), (4, 75)):
         made = make(7, q, heads, 7, [37, 16], LENGTHS, masked=True, per_item=per_item)
         oracle.check(op("absorb", "cpp"), plain, made, torch.float32)
+
+
+@pytest.mark.parametrize("per_item", [False, True])
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+def test_every_instruction_set_multiplies_bf16(forced_isa, per_item, frozen, monkeypatch):
+    """Without products of numbers in bf16 they are made of others: what only some processors have, all can show."""
+    monkeypatch.setattr(cpp, "multiplies_bf16", lambda: True)
+    # 15 rows of scores fill a vector or less, 72 and 300 several blocks; E is even, widths are not multiples of a vector.
+    for heads, q in ((3, 5), (9, 8), (4, 75)):
+        made = oracle.convert(make(7, q, heads, 6, [38, 16], LENGTHS, masked=True, per_item=per_item), torch.bfloat16)
+        if frozen:
+            made["values"] = [x.detach() for x in made["values"]]
+        u = [made["w_q"]]
+        assert kernel.in_pairs(u, [torch.empty(heads, 6, 38)], made["values"])
+        oracle.check(op("absorb", "cpp"), plain, made, torch.bfloat16)
+        got = oracle.run(op("absorb", "cpp"), made, 0)
+        with monkeypatch.context() as here:
+            here.setattr(cpp, "multiplies_bf16", lambda: False)
+            without = oracle.run(op("absorb", "cpp"), made, 0)
+        assert not all(torch.equal(a, b) for a, b in zip(got, without, strict=True))
+
+
+@pytest.mark.parametrize("why", ["odd width", "odd stride", "odd head", "float32 queries"])
+def test_what_no_pairs_can_be_made_of(why, monkeypatch):
+    monkeypatch.setattr(cpp, "multiplies_bf16", lambda: True)
+    values = torch.randn(2, 3, 9, dtype=torch.bfloat16)[..., : 9 if why == "odd width" else 8]
+    if why != "odd stride":
+        values = values.contiguous()
+    u = torch.randn(1, 1, 1, values.shape[-1], dtype=torch.float32 if why == "float32 queries" else torch.bfloat16)
+    assert not kernel.in_pairs([u], [torch.empty(1, 3 if why == "odd head" else 4, 8)], [values])
 
 
 def test_every_instruction_set_reads_the_bank(forced_isa):
@@ -132,7 +164,7 @@ def test_a_nan_shows(where, row):
 
 
 @pytest.mark.parametrize(("isa", "reason"), [
-    ("avx10", "EM3_CPU_ISA=avx10: must be one of baseline, avx2, avx512"),
+    ("avx10", "EM3_CPU_ISA=avx10: must be one of baseline, avx2, avx512, avx512_bf16"),
     ("avx512", "EM3_CPU_ISA=avx512: this processor or operating system lacks"),
 ])  # fmt: skip
 def test_an_instruction_set_that_is_not_there(isa, reason, monkeypatch):

@@ -35,13 +35,29 @@ std::string missing_avx512() {
   if (!__builtin_cpu_supports("avx512dq")) lacks += " avx512dq";
   return lacks;
 }
+
+// avx512_bf16 is bit 5 of EAX of leaf 7, subleaf 1.
+bool has_bf16() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 5 & 1) != 0;
+}
+
+std::string missing(Isa isa) {
+  if (isa == Isa::avx2) return missing_avx2();
+  if (isa == Isa::avx512) return missing_avx512();
+#if EM3_HAVE_BF16_PATH
+  return missing_avx512() + (has_bf16() ? "" : " avx512_bf16");
+#else
+  return " a compiler with it when this was built (GCC 10 or Clang 9)";
+#endif
+}
 #endif
 
 IsaInfo describe(Isa isa) {
   IsaInfo info{isa, isa_name(isa), true, ""};
   if (isa == Isa::baseline) return info;
 #if EM3_HAVE_X86_PATHS
-  const std::string lacks = isa == Isa::avx2 ? missing_avx2() : missing_avx512();
+  const std::string lacks = missing(isa);
   if (!lacks.empty()) info.reason = "this processor or operating system lacks" + lacks;
 #else
   info.reason = "this build has only the baseline path (not x86-64, or not GCC/Clang)";
@@ -54,6 +70,7 @@ IsaInfo describe(Isa isa) {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::avx512_bf16: return "avx512_bf16";
     case Isa::avx512: return "avx512";
     case Isa::avx2: return "avx2";
     default: return "baseline";
@@ -61,7 +78,8 @@ const char* isa_name(Isa isa) {
 }
 
 const std::vector<IsaInfo>& isa_table() {
-  static const std::vector<IsaInfo> table = {describe(Isa::baseline), describe(Isa::avx2), describe(Isa::avx512)};
+  static const std::vector<IsaInfo> table = {describe(Isa::baseline), describe(Isa::avx2), describe(Isa::avx512),
+                                             describe(Isa::avx512_bf16)};
   return table;
 }
 
@@ -79,7 +97,7 @@ Isa resolve_isa(const std::string& name) {
     if (!info.usable) throw std::invalid_argument("isa '" + name + "' cannot be used: " + info.reason);
     return info.isa;
   }
-  throw std::invalid_argument("isa '" + name + "' is unknown: it must be '', 'baseline', 'avx2' or 'avx512'");
+  throw std::invalid_argument("isa '" + name + "' is unknown: it must be '', 'baseline', 'avx2', 'avx512' or 'avx512_bf16'");
 }
 
 }  // namespace em3

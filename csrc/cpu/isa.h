@@ -11,11 +11,16 @@
 #else
 #define EM3_HAVE_X86_PATHS 0
 #endif
+// bf16 dot products: intrinsics since GCC 10, and Clang 9.
+#if EM3_HAVE_X86_PATHS && (defined(__clang__) || __GNUC__ >= 10)
+#define EM3_HAVE_BF16_PATH 1
+#else
+#define EM3_HAVE_BF16_PATH 0
+#endif
 
 namespace em3 {
 
-enum class Isa { baseline = 0, avx2 = 1, avx512 = 2 };
-constexpr int kIsaCount = 3;
+enum class Isa { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
 
 struct IsaInfo {
   Isa isa;

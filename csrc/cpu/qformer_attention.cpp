@@ -51,6 +51,8 @@ struct KernelTable {
   bool (*few)(const Shape& shape);
   void (*pack)(const float* const* rows, std::int64_t K, std::int64_t C, float* out);
   void (*pack_wide)(const float* rows, std::int64_t E, std::int64_t C, float* out);
+  void (*round)(const float* from, std::int64_t n, float* pairs);  // of neighbours
+  void (*join)(const float* rows, std::int64_t n, std::int64_t C, float* pairs);  // of a row and the next
   std::int64_t (*forward_scratch)(const ForwardJob&);
   void (*forward_items)(const ForwardJob&, std::int64_t begin, std::int64_t end, float* scratch);
   std::int64_t (*backward_scratch)(const BackwardJob&);
@@ -59,6 +61,7 @@ struct KernelTable {
 
 // Every standard header must be included above this line.
 #define EM3_KERNEL "qformer_attention_kernel.inl"
+#define EM3_KERNEL_BF16
 #include "every_isa.inl"
 
 void require(bool good, const char* what) {
@@ -68,14 +71,23 @@ void require(bool good, const char* what) {
 template <class Stream>
 void check(const Shape& shape, const std::vector<Stream>& streams) {
   require(shape.B >= 0 && shape.H >= 1 && shape.Q >= 0 && shape.E >= 0, "B, Q and E must be at least 0, H at least 1");
+  require(!shape.pairs || shape.E % 2 == 0, "pairs need an even E");
   require(!streams.empty() && streams.size() <= kMaxStreams, "there must be 1 to 8 streams");
   for (const Stream& s : streams) {
     require(s.tokens.n >= 0 && s.tokens.C >= 1, "n must be at least 0 and C at least 1");
+    const bool even = s.tokens.C % 2 == 0 && s.tokens.item_stride % 2 == 0 && s.tokens.token_stride % 2 == 0;
+    require(!shape.pairs || (even && s.tokens.storage == Storage::bf16), "pairs are of tokens in bf16 of even width and strides");
     const int64_t* offsets = s.tokens.offsets;
     if (offsets == nullptr) continue;
     require(offsets[0] == 0 && offsets[shape.B] <= s.tokens.n, "offsets must begin with 0 and end within the values");
     for (int64_t b = 0; b < shape.B; ++b) require(offsets[b] <= offsets[b + 1], "offsets must not decrease");
   }
+}
+
+// Few rows are multiplied with tokens where they lie, which has no form for pairs.
+Shape served(Shape shape, const KernelTable& table) {
+  shape.pairs = shape.pairs && !table.few(shape);
+  return shape;
 }
 
 int64_t rows_of(const TokenStream& s, int64_t b) { return s.offsets == nullptr ? s.n : s.offsets[b + 1] - s.offsets[b]; }
@@ -119,7 +131,14 @@ struct Packed {
   }
 };
 
-void pack_rows(const KernelTable& table, const float* first, int64_t rows, int64_t C, float* out) {
+void pack_rows(const Shape& shape, const KernelTable& table, const float* first, int64_t rows, int64_t C, float* out) {
+  std::vector<float> pairs;
+  if (shape.pairs) {
+    pairs.resize(static_cast<std::size_t>(rows * C / 2));
+    table.round(first, rows * C, pairs.data());
+    first = pairs.data();
+    C /= 2;
+  }
   std::vector<const float*> pointers(static_cast<std::size_t>(rows));
   for (int64_t r = 0; r < rows; ++r) pointers[static_cast<std::size_t>(r)] = first + r * C;
   table.pack(pointers.data(), rows, C, out);
@@ -133,9 +152,17 @@ Packed pack_u(const Shape& shape, const std::vector<Stream>& streams, const Kern
   parallel_for(threads, static_cast<int>(streams.size()), [&](int m) {
     const auto i = static_cast<std::size_t>(m);
     const int64_t C = streams[i].tokens.C, K = shape.K();
-    pack_rows(table, streams[i].u, K, C, packed.room(i, table.padded_rows(K) * C));
+    pack_rows(shape, table, streams[i].u, K, C, packed.room(i, table.padded_rows(K) * C));
   });
   return packed;
+}
+
+// [E, C] as it is, or in pairs of one row and the next.
+void pack_wide(const Shape& shape, const KernelTable& table, const float* w, int64_t C, float* out) {
+  if (!shape.pairs) return table.pack_wide(w, shape.E, C, out);
+  std::vector<float> pairs(static_cast<std::size_t>(shape.E / 2 * C));
+  table.join(w, shape.E, C, pairs.data());
+  table.pack_wide(pairs.data(), shape.E / 2, C, out);
 }
 
 // w head by head: transposed, [C, E], for o = w y; as it is, [E, C], for dy = dout w.
@@ -145,14 +172,14 @@ Packed pack_w(const Shape& shape, const std::vector<Stream>& streams, const Kern
   Packed packed(streams.size());
   for (std::size_t m = 0; m < streams.size(); ++m) {
     const int64_t C = streams[m].tokens.C, E = shape.E;
-    const int64_t step = kTransposed ? table.padded_rows(E) * C : table.padded_rows(C) * E;
+    const int64_t step = (kTransposed ? table.padded_rows(E) * C : table.padded_rows(C) * E) / (shape.pairs ? 2 : 1);
     float* const out = packed.room(m, shape.H * step);
     parallel_for(threads, static_cast<int>(shape.H), [&](int h) {
       const float* const w = streams[m].w + h * E * C;
       if (kTransposed) {
-        pack_rows(table, w, E, C, out + h * step);
+        pack_rows(shape, table, w, E, C, out + h * step);
       } else {
-        table.pack_wide(w, E, C, out + h * step);
+        pack_wide(shape, table, w, C, out + h * step);
       }
     });
   }
@@ -223,11 +250,12 @@ class Sums {
 
 }  // namespace
 
-void qformer_attention_forward(const Shape& shape, const std::vector<ForwardStream>& streams, float* o, float* lse,
+void qformer_attention_forward(const Shape& given, const std::vector<ForwardStream>& streams, float* o, float* lse,
                                int threads, Isa isa) {
-  check(shape, streams);
-  if (shape.B == 0 || shape.K() == 0) return;
+  check(given, streams);
+  if (given.B == 0 || given.K() == 0) return;
   const KernelTable& table = kernels(isa);
+  const Shape shape = served(given, table);
   const Packed packed_u = pack_u(shape, streams, table, threads), packed_w = pack_w(shape, streams, table, threads);
   const ForwardJob job{shape, streams.data(), static_cast<int>(streams.size()), o, lse, packed_u.pointers.data(),
                        packed_w.pointers.data()};
@@ -240,11 +268,12 @@ void qformer_attention_forward(const Shape& shape, const std::vector<ForwardStre
   });
 }
 
-void qformer_attention_backward(const Shape& shape, const std::vector<BackwardStream>& streams, const float* dout,
+void qformer_attention_backward(const Shape& given, const std::vector<BackwardStream>& streams, const float* dout,
                                 const float* o, const float* lse, int threads, Isa isa) {
-  check(shape, streams);
-  for (const BackwardStream& s : streams) clear_unowned(shape, s);
+  check(given, streams);
+  for (const BackwardStream& s : streams) clear_unowned(given, s);
   const KernelTable& table = kernels(isa);
+  const Shape shape = served(given, table);
   const Packed packed_u = pack_u(shape, streams, table, threads), packed_w = pack_w(shape, streams, table, threads);
   const BackwardJob job{shape, streams.data(), static_cast<int>(streams.size()), dout, o, lse,
                         packed_u.pointers.data(), packed_w.pointers.data()};

@@ -8,7 +8,8 @@
 //   o[r] = sum_m w_m,h y_m[r], the values of head h, E wide
 // An item with no present token has y = 0, o = 0, mass = 0, lse = -inf and zero gradients.
 //
-// Everything is float32, except that tokens may be stored in half precision, and contiguous unless a stride is named.
+// Everything is float32, except that tokens may be stored in half precision, and contiguous unless a stride is named. With
+// `pairs` the products with tokens multiply numbers in bf16: u, dy, p and ds are rounded to it, sums are float32.
 // Outputs may be uninitialised: every element is written.
 #pragma once
 
@@ -52,6 +53,7 @@ struct Shape {
   std::int64_t B, H, Q, E;
   bool shared_u;  // u and c have no item dimension: Bu = 1, else Bu = B
   Dropout drop = {};
+  bool pairs = false;  // only where every stream is stored in bf16 with an even C and even strides
   std::int64_t K() const { return H * Q; }
 };
 

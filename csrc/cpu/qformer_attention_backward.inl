@@ -4,9 +4,13 @@ constexpr int64_t kWeighed = 32;  // rows of y that dw takes at a time: those of
 
 struct BackwardState {
   TileScratch tiles;
+  Halves halves;
   float** dx;                        // [tokens] rows
   float* w;                          // [tokens, 2 * block]: s then ds on the left, dp then p on the right
   const float** pair;                // [2 * kBlock] rows of u, then of dy
+  float* w_rounded;                  // [tokens, block]: ds, then p, in bf16
+  float* joined_u[kMaxStreams];      // [(K + 1) / 2, C]: rows 2 i and 2 i + 1 of u as pairs, for dx
+  float* joined_dy[kMaxStreams];     // the same of dy
   float* lse;                        // [K]
   float* delta;                      // [K]
   float* row;                        // [K] a temporary
@@ -21,6 +25,8 @@ struct BackwardState {
   const float** y_rows;              // [kWeighed]
   float** dw_rows;                   // [E]
   float* y_packed;                   // [kWeighed, C]
+  float* y_joined;                   // [kWeighed / 2, C] pairs
+  float* dout;                       // [items_together * Q or kWeighed, E] in pairs of one kind or the other
   const float** u[kMaxStreams];      // [K] rows
   const float** dy[kMaxStreams];     // [K] rows
   float** du[kMaxStreams];           // [K] rows
@@ -33,11 +39,11 @@ static BackwardState backward_state(const BackwardJob& job, Arena& arena) {
   BackwardState st{};
   const int64_t K = job.shape.K(), padded = round_up(K, kVec);
   st.tiles = make_tile_scratch(arena, job.shape, job.streams, job.M);
-  int64_t widest = 0;
-  for (int m = 0; m < job.M; ++m) widest = job.streams[m].tokens.C > widest ? job.streams[m].tokens.C : widest;
+  st.halves = make_halves(arena, job.shape, job.streams, job.M);
   st.dx = arena.array<float*>(st.tiles.tile.n);
   st.w = arena.floats(st.tiles.tile.n * 2 * smaller(kBlock, padded));
   st.pair = arena.array<const float*>(2 * kBlock);
+  st.w_rounded = arena.floats(job.shape.pairs ? st.tiles.tile.n * smaller(kBlock, padded) : 0);
   st.lse = arena.floats(padded);
   st.delta = arena.floats(padded);
   st.row = arena.floats(padded);
@@ -45,7 +51,10 @@ static BackwardState backward_state(const BackwardJob& job, Arena& arena) {
   const int64_t together = items_together(job.shape, job.streams, job.M);
   st.y_rows = arena.array<const float*>(kWeighed);
   st.dw_rows = arena.array<float*>(job.shape.E);
-  st.y_packed = arena.floats(kWeighed * widest);
+  const int64_t C = widest(job.streams, job.M);
+  st.y_packed = arena.floats(kWeighed * C);
+  st.y_joined = arena.floats(job.shape.pairs ? kWeighed / 2 * C : 0);
+  st.dout = arena.floats(job.shape.pairs ? (kWeighed > together * job.shape.Q ? kWeighed : together * job.shape.Q) * job.shape.E : 0);
   for (int m = 0; m < job.M; ++m) {
     const int64_t C = job.streams[m].tokens.C;
     st.bias[m] = arena.floats(padded);
@@ -55,6 +64,9 @@ static BackwardState backward_state(const BackwardJob& job, Arena& arena) {
     st.u[m] = arena.array<const float*>(K);
     st.dy[m] = arena.array<const float*>(K);
     st.du[m] = arena.array<float*>(K);
+    const int64_t joined = job.shape.pairs && job.streams[m].dx != nullptr ? (K + 1) / 2 * C : 0;
+    st.joined_u[m] = arena.floats(joined);
+    st.joined_dy[m] = arena.floats(joined);
     if (few(job.shape)) continue;
     if (padded == kVec) {
       st.both[m] = arena.floats(kPanel * C);
@@ -102,10 +114,43 @@ static void gradient_block(const Dropout& drop, BackwardState& st, int m, int64_
   }
 }
 
+// s and dp of a block's rows into w.
+template <bool PAIRS>
+static void score_block(const BackwardJob& job, BackwardState& st, int m, const float* packed_u, int64_t r0, int64_t width) {
+  const Tile& tile = st.tiles.tile;
+  const int64_t k = width_of(job.shape, job.streams[m].tokens.C);
+  if (round_up(job.shape.K(), kVec) == kVec) {
+    scores<PAIRS>({tile.x, tile.stride, st.both[m], k, st.w, kPanel}, tile.n, kPanel);
+  } else {
+    scores<PAIRS>({tile.x, tile.stride, packed_u + r0 * k, k, st.w, 2 * width}, tile.n, width);
+    scores<PAIRS>({tile.x, tile.stride, st.packed_dy[m] + r0 * k, k, st.w + width, 2 * width}, tile.n, width);
+  }
+}
+
+// What a block's rows add to dx.
+static void token_gradient(const BackwardJob& job, BackwardState& st, int m, int64_t r0, int64_t width, int64_t rows) {
+  const int64_t C = job.streams[m].tokens.C, n = st.tiles.tile.n;
+  if (!job.shape.pairs) {
+    for (int64_t r = 0; r < rows; ++r) {
+      st.pair[r] = st.u[m][r0 + r];
+      st.pair[rows + r] = st.dy[m][r0 + r];
+    }
+    return outer({st.w, 2 * width, width, rows, st.pair, st.dx, r0 != 0}, n, C);
+  }
+  round_row(st.w, n * 2 * width, reinterpret_cast<Half*>(st.w_rounded));
+  const int64_t depth = (rows + 1) / 2;
+  for (int64_t i = 0; i < depth; ++i) {
+    st.pair[i] = st.joined_u[m] + (r0 / 2 + i) * C;
+    st.pair[depth + i] = st.joined_dy[m] + (r0 / 2 + i) * C;
+  }
+  outer<true>({st.w_rounded, width, width / 2, depth, st.pair, st.dx, r0 != 0}, n, C);
+}
+
 static void backward_tile(const BackwardJob& job, BackwardState& st, int m, const Tokens& tokens) {
   const BackwardStream& s = job.streams[m];
-  const Tile& tile = st.tiles.tile;
+  Tile& tile = st.tiles.tile;
   const int64_t K = job.shape.K(), padded = round_up(K, kVec), C = s.tokens.C;
+  if (job.shape.pairs && s.du != nullptr) join_tokens(tile, C, st.tiles.joined);
   const float* packed_u = job.shape.shared_u ? job.packed_u[m] : st.packed_u[m];
   if (s.dx != nullptr) {
     for (int64_t t = 0; t < tile.n; ++t) st.dx[t] = s.dx + (tokens.first + tile.index[t]) * C;
@@ -116,41 +161,60 @@ static void backward_tile(const BackwardJob& job, BackwardState& st, int m, cons
       if (K < width) fill(st.w, tile.n * 2 * width, 0.0f);
       dots({tile.rows, st.u[m], C, st.w, 2 * width, !tile.copied}, tile.n, K);
       dots({tile.rows, st.dy[m], C, st.w + width, 2 * width, false}, tile.n, K);
-    } else if (padded == kVec) {
-      scores({tile.x, tile.stride, st.both[m], C, st.w, kPanel}, tile.n, kPanel);
+    } else if (job.shape.pairs) {
+      score_block<true>(job, st, m, packed_u, r0, width);
     } else {
-      scores({tile.x, tile.stride, packed_u + r0 * C, C, st.w, 2 * width}, tile.n, width);
-      scores({tile.x, tile.stride, st.packed_dy[m] + r0 * C, C, st.w + width, 2 * width}, tile.n, width);
+      score_block<false>(job, st, m, packed_u, r0, width);
     }
     if (job.shape.drop.threshold > 0) {
       gradient_block(job.shape.drop, st, m, tokens.first, r0, width);
     } else {
       gradient_block(st, m, r0, tile.n, width);
     }
-    if (s.du != nullptr) {
-      const Update g{st.w, 2 * width, tile.n, tile.rows, st.du[m] + r0, nullptr, nullptr, st.touched[m], nullptr, {}};
-      update(g, rows, C, r0 == 0 ? tile.ahead : Ahead{});
+    if (s.dx != nullptr) token_gradient(job, st, m, r0, width, rows);
+    if (s.du == nullptr) continue;
+    const Ahead ahead = r0 == 0 ? tile.ahead : Ahead{};
+    Update g{st.w, 2 * width, tile.n, tile.rows, st.du[m] + r0, nullptr, nullptr, st.touched[m], nullptr, {}};
+    if (job.shape.pairs) {
+      join_floats(st.w, tile.n, 2 * width, width, st.w);
+      g.k = (tile.n + 1) / 2;
+      g.b = tile.joined;
+      update<true>(g, rows, C, ahead);
+    } else {
+      update(g, rows, C, ahead);
     }
-    if (s.dx == nullptr) continue;
-    for (int64_t r = 0; r < rows; ++r) {
-      st.pair[r] = st.u[m][r0 + r];
-      st.pair[rows + r] = st.dy[m][r0 + r];
-    }
-    outer({st.w, 2 * width, width, rows, st.pair, st.dx, r0 != 0}, tile.n, C);
   }
   st.touched[m] = true;
 }
 
+// Rows of as_read two by two.
+static void join_halves(const Shape& shape, const float* const* halves, int64_t C, float* to) {
+  for (int64_t r = 0; r < shape.K(); r += 2) {
+    const auto* second = r + 1 < shape.K() ? reinterpret_cast<const Half*>(halves[r + 1]) : nullptr;
+    join_rows(reinterpret_cast<const Half*>(halves[r]), second, C, to + r / 2 * C);
+  }
+}
+
 // The rows of dy, and those of u that are not shared, transposed.
 static void pack_item(const BackwardJob& job, BackwardState& st, int m) {
-  const int64_t K = job.shape.K(), C = job.streams[m].tokens.C;
-  if (round_up(K, kVec) == kVec) {
-    transpose_rows(st.dy[m], K, kVec, C, kPanel, st.both[m] + kVec);
-    if (!job.shape.shared_u) transpose_rows(st.u[m], K, kVec, C, kPanel, st.both[m]);
+  const int64_t K = job.shape.K(), C = job.streams[m].tokens.C, k = width_of(job.shape, C);
+  const bool narrow = round_up(K, kVec) == kVec;
+  const float* const* const dy = as_read(job.shape, st.halves, st.dy[m], C);
+  if (narrow) {
+    transpose_rows(dy, K, kVec, k, kPanel, st.both[m] + kVec);
   } else {
-    pack_transposed(st.dy[m], K, C, st.packed_dy[m]);
-    if (!job.shape.shared_u) pack_transposed(st.u[m], K, C, st.packed_u[m]);
+    pack_transposed(dy, K, k, st.packed_dy[m]);
   }
+  const bool joined = job.shape.pairs && job.streams[m].dx != nullptr;
+  if (joined) join_halves(job.shape, dy, C, st.joined_dy[m]);
+  if (job.shape.shared_u) return;
+  const float* const* const u = as_read(job.shape, st.halves, st.u[m], C);
+  if (narrow) {
+    transpose_rows(u, K, kVec, k, kPanel, st.both[m]);
+  } else {
+    pack_transposed(u, K, k, st.packed_u[m]);
+  }
+  if (joined) join_halves(job.shape, u, C, st.joined_u[m]);
 }
 
 // delta, the rows of dy and everything else that belongs to item b alone. first: the item that dy_rows begin with.
@@ -205,7 +269,7 @@ static void backward_item(const BackwardJob& job, BackwardState& st, int64_t b, 
   Tokens tokens[kMaxStreams];
   bool any = false;
   for (int m = 0; m < job.M; ++m) {
-    tokens[m] = item_tokens(job.streams[m].tokens, b);
+    tokens[m] = item_tokens(job.streams[m].tokens, b, job.shape.pairs);
     any = any || (tokens[m].present > 0 && wanted(job.streams[m]));
   }
   if (any) prepare_item(job, st, b, first, items, tokens);
@@ -245,7 +309,13 @@ static void read_back(const BackwardJob& job, BackwardState& st, int64_t begin, 
     const int64_t ld = round_up(job.streams[m].tokens.C, kVec);
     for (int64_t h = 0; h < shape.H; ++h) {
       const float* dout = job.dout + (h * shape.B + begin) * shape.Q * E;
-      scores({dout, E, job.packed_w[m] + h * E * ld, E, st.dy_rows[m] + h * rows * ld, ld}, rows, ld);
+      float* const dy = st.dy_rows[m] + h * rows * ld;
+      if (shape.pairs) {
+        round_row(dout, rows * E, reinterpret_cast<Half*>(st.dout));
+        scores<true>({st.dout, E / 2, job.packed_w[m] + h * E / 2 * ld, E / 2, dy, ld}, rows, ld);
+      } else {
+        scores({dout, E, job.packed_w[m] + h * E * ld, E, dy, ld}, rows, ld);
+      }
     }
   }
 }
@@ -260,10 +330,22 @@ static void weigh(const BackwardJob& job, BackwardState& st, int m, int64_t begi
     for (int64_t e = 0; e < E; ++e) st.dw_rows[e] = dw + (h * E + e) * C;
     for (int64_t i = 0; i < rows; i += kWeighed) {
       const int64_t first = (h * shape.B + begin) * shape.Q + i, n = smaller(kWeighed, rows - i);
-      const float* const y = job.streams[m].y + first * C;
-      for (int64_t k = 0; k < n; ++k) st.y_rows[k] = y + k * C;
-      pack_panels(y, n, C, st.y_packed);
-      update({job.dout + first * E, E, n, st.y_rows, st.dw_rows, nullptr, nullptr, i > 0, st.y_packed, {}}, E, C, Ahead{});
+      const float *y = job.streams[m].y + first * C, *dout = job.dout + first * E;
+      const int64_t depth = shape.pairs ? (n + 1) / 2 : n;
+      if (shape.pairs) {
+        join_floats(y, n, C, C, st.y_joined);
+        join_floats(dout, n, E, E, st.dout);
+        y = st.y_joined;
+        dout = st.dout;
+      }
+      for (int64_t k = 0; k < depth; ++k) st.y_rows[k] = y + k * C;
+      pack_panels(y, depth, C, st.y_packed);
+      const Update g{dout, E, depth, st.y_rows, st.dw_rows, nullptr, nullptr, i > 0, st.y_packed, {}};
+      if (shape.pairs) {
+        update<true>(g, E, C, Ahead{});
+      } else {
+        update(g, E, C, Ahead{});
+      }
     }
   }
 }
@@ -280,7 +362,10 @@ static void start_part(const BackwardJob& job, BackwardState& st) {
     if (!shape.shared_u) continue;
     gather_rows(s.c, 1, 0, shape.H, shape.Q, st.bias[m]);
     row_table(s.u, 1, 0, shape.H, shape.Q, s.tokens.C, st.u[m]);
-    if (padded == kVec && !few(shape)) transpose_rows(st.u[m], shape.K(), kVec, s.tokens.C, kPanel, st.both[m]);
+    if (few(shape)) continue;
+    const float* const* const u = as_read(shape, st.halves, st.u[m], s.tokens.C);
+    if (padded == kVec) transpose_rows(u, shape.K(), kVec, width_of(shape, s.tokens.C), kPanel, st.both[m]);
+    if (shape.pairs && s.dx != nullptr) join_halves(shape, u, s.tokens.C, st.joined_u[m]);
   }
 }
 

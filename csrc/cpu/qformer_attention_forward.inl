@@ -3,6 +3,7 @@
 // What one worker holds for the rows of an item. [K] means padded to a multiple of kVec.
 struct ForwardState {
   TileScratch tiles;
+  Halves halves;
   float* s;                         // [tokens, kBlock]
   float* reference;                 // [K] what is subtracted in exp: within kSlack below the row maximum seen so far
   float* inverse;                   // [K] 1 / sum of exp
@@ -15,6 +16,7 @@ struct ForwardState {
   float** y[kMaxStreams];           // [K] rows
   const float** u[kMaxStreams];     // [K] rows
   float* values;                    // [items_together * Q, E] of one head and stream
+  float* rounded;                   // [items_together * Q, C / 2], y in bf16
 };
 
 // y and the sums are rescaled only when a row's maximum has grown by more than this, since exp(8) loses nothing in
@@ -26,11 +28,14 @@ static ForwardState forward_state(const ForwardJob& job, Arena& arena) {
   ForwardState st{};
   const int64_t K = job.shape.K(), padded = round_up(K, kVec);
   st.tiles = make_tile_scratch(arena, job.shape, job.streams, job.M);
+  st.halves = make_halves(arena, job.shape, job.streams, job.M);
   st.s = arena.floats(st.tiles.tile.n * smaller(kBlock, padded));
   st.reference = arena.floats(padded);
   st.inverse = arena.floats(padded);
   st.factors = arena.floats(kBlock);
-  st.values = arena.floats(items_together(job.shape, job.streams, job.M) * job.shape.Q * round_up(job.shape.E, kVec));
+  const int64_t rows = items_together(job.shape, job.streams, job.M) * job.shape.Q;
+  st.values = arena.floats(rows * round_up(job.shape.E, kVec));
+  st.rounded = arena.floats(job.shape.pairs ? rows * widest(job.streams, job.M) / 2 : 0);
   for (int m = 0; m < job.M; ++m) {
     st.bias[m] = arena.floats(padded);
     st.sum[m] = arena.floats(padded);
@@ -95,14 +100,18 @@ static void invert_sums(ForwardState& st, int M, int64_t r0, int64_t width) {
 }
 
 static void forward_tile(const ForwardJob& job, ForwardState& st, int m, int64_t first_token, bool first, bool last) {
-  const Tile& tile = st.tiles.tile;
+  Tile& tile = st.tiles.tile;
   const int64_t K = job.shape.K(), padded = round_up(K, kVec), C = job.streams[m].tokens.C;
+  const bool pairs = job.shape.pairs;
+  if (pairs) join_tokens(tile, C, st.tiles.joined);
   const float* packed = job.shape.shared_u ? job.packed_u[m] : st.packed[m];
   for (int64_t r0 = 0; r0 < K; r0 += kBlock) {
     const int64_t ld = smaller(kBlock, padded - r0);
     if (few(job.shape)) {
       if (K < ld) fill(st.s, tile.n * ld, 0.0f);
       dots({tile.rows, st.u[m], C, st.s, ld, !tile.copied}, tile.n, K);
+    } else if (pairs) {
+      scores<true>({tile.x, tile.stride, packed + r0 * C / 2, C / 2, st.s, ld}, tile.n, ld);
     } else {
       scores({tile.x, tile.stride, packed + r0 * C, C, st.s, ld}, tile.n, ld);
     }
@@ -111,8 +120,17 @@ static void forward_tile(const ForwardJob& job, ForwardState& st, int m, int64_t
     if (last) invert_sums(st, job.M, r0, ld);
     // The same rows of the next item.
     const Soon soon{first ? st.y[m] + r0 : nullptr, job.shape.Q * C};
-    const Update g{st.s, ld, tile.n, tile.rows, st.y[m] + r0, st.owed[m] + r0, last ? st.inverse + r0 : nullptr, !first, nullptr, soon};
-    update(g, smaller(kBlock, K - r0), C, r0 == 0 ? tile.ahead : Ahead{});
+    const int64_t rows = smaller(kBlock, K - r0);
+    const Ahead ahead = r0 == 0 ? tile.ahead : Ahead{};
+    Update g{st.s, ld, tile.n, tile.rows, st.y[m] + r0, st.owed[m] + r0, last ? st.inverse + r0 : nullptr, !first, nullptr, soon};
+    if (pairs) {
+      join_floats(st.s, tile.n, ld, ld, st.s);
+      g.k = (tile.n + 1) / 2;
+      g.b = tile.joined;
+      update<true>(g, rows, C, ahead);
+    } else {
+      update(g, rows, C, ahead);
+    }
     fill(st.owed[m] + r0, ld, 1.0f);
   }
 }
@@ -160,7 +178,7 @@ static void forward_item(const ForwardJob& job, ForwardState& st, int64_t b) {
   fill(st.inverse, padded, 0.0f);
   for (int m = 0; m < job.M; ++m) {
     const ForwardStream& s = job.streams[m];
-    tokens[m] = item_tokens(s.tokens, b);
+    tokens[m] = item_tokens(s.tokens, b, shape.pairs);
     touched[m] = tokens[m].present > 0;
     if (touched[m]) last_stream = m;
     fill(st.sum[m], padded, 0.0f);
@@ -169,7 +187,10 @@ static void forward_item(const ForwardJob& job, ForwardState& st, int64_t b) {
     row_table(s.y, shape.B, b, shape.H, shape.Q, s.tokens.C, st.y[m]);
     if (shape.shared_u || !touched[m]) continue;
     row_table(s.u, shape.B, b, shape.H, shape.Q, s.tokens.C, st.u[m]);
-    if (!few(shape)) pack_transposed(st.u[m], K, s.tokens.C, st.packed[m]);
+    if (!few(shape)) {
+      const float* const* const u = as_read(shape, st.halves, st.u[m], s.tokens.C);
+      pack_transposed(u, K, width_of(shape, s.tokens.C), st.packed[m]);
+    }
     gather_rows(s.c, shape.B, b, shape.H, shape.Q, st.bias[m]);
   }
   for (int m = 0; m < job.M; ++m) {
@@ -194,8 +215,15 @@ static void project_items(const ForwardJob& job, ForwardState& st, int64_t begin
   for (int64_t h = 0; h < shape.H; ++h) {
     const int64_t first = (h * shape.B + begin) * shape.Q;
     for (int m = 0; m < job.M; ++m) {
-      const int64_t C = job.streams[m].tokens.C;
-      scores({job.streams[m].y + first * C, C, job.packed_w[m] + h * ld * C, C, st.values, ld}, rows, ld);
+      const int64_t C = job.streams[m].tokens.C, k = width_of(shape, C);
+      const float* const y = job.streams[m].y + first * C;
+      const float* const w = job.packed_w[m] + h * ld * k;
+      if (shape.pairs) {
+        round_row(y, rows * C, reinterpret_cast<Half*>(st.rounded));
+        scores<true>({st.rounded, k, w, k, st.values, ld}, rows, ld);
+      } else {
+        scores({y, C, w, C, st.values, ld}, rows, ld);
+      }
       for (int64_t i = 0; i < rows; ++i) {
         float* o = job.o + (first + i) * E;
         for (int64_t e = 0; e < E; ++e) o[e] = m == 0 ? st.values[i * ld + e] : o[e] + st.values[i * ld + e];

@@ -67,5 +67,9 @@ static void scatter_rows(const float* from, int64_t items, int64_t item, int64_t
 
 static int64_t padded_rows(int64_t K) { return round_up(K, kVec); }
 
-static const KernelTable kTable = {padded_rows,     few,           pack_transposed,  pack_wide,
-                                   forward_scratch, forward_items, backward_scratch, backward_items};
+static void round_to_pairs(const float* from, int64_t n, Pair* to) { round_row(from, n, reinterpret_cast<Half*>(to)); }
+
+static void join_rows_of(const float* rows, int64_t n, int64_t C, Pair* to) { join_floats(rows, n, C, C, to); }
+
+static const KernelTable kTable = {padded_rows,     few,           pack_transposed,  pack_wide,     round_to_pairs,
+                                   join_rows_of,    forward_scratch, forward_items, backward_scratch, backward_items};

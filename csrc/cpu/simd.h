@@ -1,8 +1,8 @@
 // One vector of floats and the few operations the kernels need, for the instruction set being compiled.
 //
 // No include guard on purpose: a kernel file is included once per instruction set, each time inside its own
-// namespace with EM3_ISA set to 0 (baseline), 1 (AVX2 + FMA + F16C) or 2 (AVX-512), and this file with it. Everything here
-// has internal linkage. The caller includes <immintrin.h>, <cmath>, <cstdint> and <cstring> beforehand.
+// namespace with EM3_ISA set to 0 (baseline), 1 (AVX2 + FMA + F16C), 2 (AVX-512) or 3 (AVX-512 with bf16 dot products), and
+// this file with it. Everything here has internal linkage. The caller includes <immintrin.h>, <cmath>, <cstdint> and <cstring> beforehand.
 //
 // Multiply-add goes through intrinsics because compilers fuse a*b+c only when told to (-std=c++17 tells GCC not to).
 
@@ -20,7 +20,7 @@
 
 // kVec: floats a vector; kRows: rows of the register tile, so that kRows x 2 accumulators, two vectors of B and one
 // broadcast fit the register file.
-#if EM3_ISA == 2
+#if EM3_ISA >= 2
 constexpr int kVec = 16, kRows = 14;
 #elif EM3_ISA == 1
 constexpr int kVec = 8, kRows = 6;
@@ -40,7 +40,7 @@ EM3_INLINE V load(const float* p) { return *reinterpret_cast<const VU*>(p); }
 EM3_INLINE void store(float* p, V v) { *reinterpret_cast<VU*>(p) = v; }
 EM3_INLINE V zero() { return V{}; }
 
-#if EM3_ISA == 2
+#if EM3_ISA >= 2
 EM3_INLINE V splat(float x) { return _mm512_set1_ps(x); }
 EM3_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 // a > b ? a : b, and so b where one is NaN; spelled out, because GCC makes two operations of it where a is constant.
@@ -158,7 +158,7 @@ EM3_INLINE float sum(V v) {
 // p[0..3] = the sums of a, b, c and d.
 #if EM3_ISA >= 1
 EM3_INLINE __m256 halved(__m256 v) { return v; }
-#if EM3_ISA == 2
+#if EM3_ISA >= 2
 EM3_INLINE __m256 halved(V v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
 #endif
 EM3_INLINE void store_sums(float* p, V a, V b, V c, V d) {
@@ -170,7 +170,7 @@ EM3_INLINE void store_sums(float* p, V a, V b, V c, V d) { p[0] = sum(a), p[1] =
 #endif
 
 // kVec numbers of half precision as floats, exactly.
-#if EM3_ISA == 2
+#if EM3_ISA >= 2
 EM3_INLINE V load_bf16(const uint16_t* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
@@ -209,3 +209,103 @@ EM3_INLINE V load_f16(const uint16_t* p) {
   return load(lanes);
 }
 #endif
+
+// Two numbers in bf16 take the place of one float, the first in its low half; such a float is only ever copied.
+typedef float Pair;
+#if EM3_VECTOR_EXTENSIONS
+typedef uint16_t Half __attribute__((may_alias));
+#else
+typedef uint16_t Half;
+#endif
+
+// c + a.first * b.first + a.second * b.second, of kVec pairs.
+#if EM3_ISA == 3
+EM3_INLINE V fma_pairs(V a, V b, V c) {
+  return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+}
+#elif EM3_VECTOR_EXTENSIONS
+EM3_INLINE V seconds(V a) {
+  VI bits;
+  std::memcpy(&bits, &a, sizeof bits);
+  bits &= ~0xffff;
+  std::memcpy(&a, &bits, sizeof bits);
+  return a;
+}
+EM3_INLINE V firsts(V a) {
+  VI bits;
+  std::memcpy(&bits, &a, sizeof bits);
+  bits <<= 16;
+  std::memcpy(&a, &bits, sizeof bits);
+  return a;
+}
+EM3_INLINE V fma_pairs(V a, V b, V c) { return fma(seconds(a), seconds(b), fma(firsts(a), firsts(b), c)); }
+#else
+EM3_INLINE V half_of(V a, int shift) {
+  for (int i = 0; i < kVec; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, a.v + i, sizeof bits);
+    bits = (bits >> shift) << 16;
+    std::memcpy(a.v + i, &bits, sizeof bits);
+  }
+  return a;
+}
+EM3_INLINE V fma_pairs(V a, V b, V c) { return fma(half_of(a, 16), half_of(b, 16), fma(half_of(a, 0), half_of(b, 0), c)); }
+#endif
+
+// The bits of x in bf16, to the nearest, ties to even; a NaN stays one.
+EM3_INLINE uint32_t bf16_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if (x != x) return bits >> 16 | 0x40;
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+EM3_INLINE Pair pair_of(uint32_t first, uint32_t second) {
+  const uint32_t bits = first | second << 16;
+  Pair pair;
+  std::memcpy(&pair, &bits, sizeof pair);
+  return pair;
+}
+
+// kVec pairs (a[i], b[i]).
+#if EM3_ISA == 3
+EM3_INLINE V round_pairs(V a, V b) {
+  const __m512i first = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a)));
+  const __m512i second = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(b)));
+  return _mm512_castsi512_ps(_mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
+}
+#else
+EM3_INLINE V round_pairs(V a, V b) {
+  float x[kVec], y[kVec];
+  store(x, a);
+  store(y, b);
+  for (int i = 0; i < kVec; ++i) x[i] = pair_of(bf16_bits(x[i]), bf16_bits(y[i]));
+  return load(x);
+}
+#endif
+
+// n floats as bf16, side by side.
+EM3_INLINE void round_row(const float* from, int64_t n, Half* to) {
+  int64_t i = 0;
+#if EM3_ISA == 3
+  for (; i + kVec <= n; i += kVec)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(load(from + i))));
+#endif
+  for (; i < n; ++i) to[i] = static_cast<Half>(bf16_bits(from[i]));
+}
+
+// n pairs (first[i], second[i]) of two rows in bf16; second null = zeros.
+EM3_INLINE void join_rows(const Half* first, const Half* second, int64_t n, Pair* to) {
+  int64_t i = 0;
+#if EM3_ISA >= 2
+  for (; i + kVec <= n; i += kVec) {
+    __m512i pairs = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first + i)));
+    if (second != nullptr) {
+      const __m256i odd = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second + i));
+      pairs = _mm512_or_si512(pairs, _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+    }
+    store(to + i, _mm512_castsi512_ps(pairs));
+  }
+#endif
+  for (; i < n; ++i) to[i] = pair_of(first[i], second == nullptr ? 0 : second[i]);
+}

@@ -4,11 +4,18 @@
 //   dots     the same with b's few columns as rows in place, which are not packed
 //   update   c[i, j] += a[k, i] * b[k, j]         b, c = rows in place
 //   outer    c[i, j]  = a[i, k] * b[k, j] + a'[i, k] * b'[k, j]
+// Scores, update and outer also take pairs (simd.h): then k counts pairs of numbers in bf16, and c is as it was.
 
 constexpr int kPanel = 2 * kVec;  // width of the register tile
 
 EM3_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 EM3_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <bool PAIRS>
+EM3_INLINE V madd(V a, V b, V c) {
+  if constexpr (PAIRS) return fma_pairs(a, b, c);
+  return fma(a, b, c);
+}
 
 struct Scores {
   const float* a;  // token rows
@@ -19,7 +26,7 @@ struct Scores {
   int64_t ldc;
 };
 
-template <int M, int NV>
+template <bool PAIRS, int M, int NV>
 EM3_NOINLINE static void scores_tile(const Scores& g, int64_t row, const float* b, float* c) {
   V acc[M][NV];
   for (int i = 0; i < M; ++i)
@@ -31,7 +38,7 @@ EM3_NOINLINE static void scores_tile(const Scores& g, int64_t row, const float* 
     for (int j = 0; j < NV; ++j) bv[j] = load(b + (k * NV + j) * kVec);
     for (int i = 0; i < M; ++i) {
       const V av = splat(a[i * lda + k]);
-      for (int j = 0; j < NV; ++j) acc[i][j] = fma(av, bv[j], acc[i][j]);
+      for (int j = 0; j < NV; ++j) acc[i][j] = madd<PAIRS>(av, bv[j], acc[i][j]);
     }
   }
   c += row * g.ldc;
@@ -39,12 +46,12 @@ EM3_NOINLINE static void scores_tile(const Scores& g, int64_t row, const float* 
     for (int j = 0; j < NV; ++j) store(c + i * g.ldc + j * kVec, acc[i][j]);
 }
 
-template <int M, int NV>
+template <bool PAIRS, int M, int NV>
 EM3_INLINE void scores_rows(int m, const Scores& g, int64_t row, const float* b, float* c) {
   if (m == M) {
-    scores_tile<M, NV>(g, row, b, c);
+    scores_tile<PAIRS, M, NV>(g, row, b, c);
   } else if constexpr (M > 1) {
-    scores_rows<M - 1, NV>(m, g, row, b, c);
+    scores_rows<PAIRS, M - 1, NV>(m, g, row, b, c);
   }
 }
 
@@ -58,25 +65,26 @@ EM3_INLINE RowSplit split_rows(int64_t n, int64_t most) {
 }
 
 // One panel: c[n, NV * kVec] = a[n, k] * b[k, NV * kVec]. A panel of one vector has registers for twice the rows.
-template <int NV>
+template <bool PAIRS, int NV>
 EM3_INLINE void scores_panel(const Scores& g, int64_t n, int64_t col) {
   constexpr int kTall = NV == 2 ? kRows : 2 * kRows;
   const RowSplit rows = split_rows(n, kTall);
   int64_t row = 0;
   for (int64_t i = 0; i < rows.blocks; ++i) {
     const int m = static_cast<int>(rows.base + (i < rows.extra));
-    scores_rows<kTall, NV>(m, g, row, g.b + col * g.k, g.c + col);
+    scores_rows<PAIRS, kTall, NV>(m, g, row, g.b + col * g.k, g.c + col);
     row += m;
   }
 }
 
 // c[n, width] = a[n, k] * packed[k, width], width a multiple of kVec, packed in panels of kPanel.
+template <bool PAIRS = false>
 static void scores(const Scores& g, int64_t n, int64_t width) {
   for (int64_t col = 0; col < width; col += kPanel) {
     if (width - col >= kPanel) {
-      scores_panel<2>(g, n, col);
+      scores_panel<PAIRS, 2>(g, n, col);
     } else {
-      scores_panel<1>(g, n, col);
+      scores_panel<PAIRS, 1>(g, n, col);
     }
   }
 }
@@ -185,7 +193,7 @@ static void pack_panels(const float* rows, int64_t k, int64_t C, float* out) {
 // The columns of one register tile: both vectors of a panel in place, or from g.packed; one vector, or `tail` floats of it.
 enum class Strip { panel, packed, vector, part };
 
-template <int M, Strip S>
+template <bool PAIRS, int M, Strip S>
 EM3_NOINLINE static void update_tile(const Update& g, int64_t row, int64_t col, int tail) {
   constexpr int NV = S == Strip::panel || S == Strip::packed ? 2 : 1;
   V acc[M][NV];
@@ -206,7 +214,7 @@ EM3_NOINLINE static void update_tile(const Update& g, int64_t row, int64_t col, 
     for (int j = 0; j < NV; ++j) bv[j] = S == Strip::part ? load_part(b, tail) : load(b + j * kVec);
     for (int i = 0; i < M; ++i) {
       const V av = splat(a[i]);
-      for (int j = 0; j < NV; ++j) acc[i][j] = fma(av, bv[j], acc[i][j]);
+      for (int j = 0; j < NV; ++j) acc[i][j] = madd<PAIRS>(av, bv[j], acc[i][j]);
     }
   }
   for (int i = 0; i < M; ++i) {
@@ -221,20 +229,20 @@ EM3_NOINLINE static void update_tile(const Update& g, int64_t row, int64_t col, 
   }
 }
 
-template <int M>
+template <bool PAIRS, int M>
 EM3_INLINE void update_rows(int m, const Update& g, int64_t row, int64_t col, int64_t left) {
   if (m == M) {
     if (left >= kPanel && g.packed != nullptr) {
-      update_tile<M, Strip::packed>(g, row, col, 0);
+      update_tile<PAIRS, M, Strip::packed>(g, row, col, 0);
     } else if (left >= kPanel) {
-      update_tile<M, Strip::panel>(g, row, col, 0);
+      update_tile<PAIRS, M, Strip::panel>(g, row, col, 0);
     } else if (left >= kVec) {
-      update_tile<M, Strip::vector>(g, row, col, 0);
+      update_tile<PAIRS, M, Strip::vector>(g, row, col, 0);
     } else {
-      update_tile<M, Strip::part>(g, row, col, static_cast<int>(left));
+      update_tile<PAIRS, M, Strip::part>(g, row, col, static_cast<int>(left));
     }
   } else if constexpr (M > 1) {
-    update_rows<M - 1>(m, g, row, col, left);
+    update_rows<PAIRS, M - 1>(m, g, row, col, left);
   }
 }
 
@@ -263,6 +271,7 @@ EM3_INLINE void fetch_soon(const Soon& soon, int64_t n, int64_t col, int64_t wid
 EM3_INLINE int64_t strip_width(int64_t left) { return left >= kPanel ? kPanel : left >= kVec ? kVec : left; }
 
 // n rows of c, all C columns.
+template <bool PAIRS = false>
 static void update(const Update& g, int64_t n, int64_t C, const Ahead& ahead) {
   const RowSplit rows = split_rows(n, kRows);
   for (int64_t col = 0, width; col < C; col += width) {
@@ -272,7 +281,7 @@ static void update(const Update& g, int64_t n, int64_t C, const Ahead& ahead) {
     int64_t row = 0;
     for (int64_t i = 0; i < rows.blocks; ++i) {
       const int m = static_cast<int>(rows.base + (i < rows.extra));
-      update_rows<kRows>(m, g, row, col, C - col);
+      update_rows<PAIRS, kRows>(m, g, row, col, C - col);
       row += m;
     }
   }
@@ -287,7 +296,7 @@ struct Outer {
   bool load;
 };
 
-template <int M, int NV, bool PART>
+template <bool PAIRS, int M, int NV, bool PART>
 EM3_NOINLINE static void outer_tile(const Outer& g, int64_t row, int64_t col, int tail) {
   V acc[M][NV];
   float* const* c = g.c + row;
@@ -304,7 +313,7 @@ EM3_NOINLINE static void outer_tile(const Outer& g, int64_t row, int64_t col, in
       for (int j = 0; j < NV; ++j) bv[j] = PART ? load_part(b, tail) : load(b + j * kVec);
       for (int i = 0; i < M; ++i) {
         const V av = splat(a[i * lda + k]);
-        for (int j = 0; j < NV; ++j) acc[i][j] = fma(av, bv[j], acc[i][j]);
+        for (int j = 0; j < NV; ++j) acc[i][j] = madd<PAIRS>(av, bv[j], acc[i][j]);
       }
     }
   }
@@ -319,21 +328,22 @@ EM3_NOINLINE static void outer_tile(const Outer& g, int64_t row, int64_t col, in
   }
 }
 
-template <int M>
+template <bool PAIRS, int M>
 EM3_INLINE void outer_rows(int m, const Outer& g, int64_t row, int64_t col, int64_t left) {
   if (m == M) {
     if (left >= kPanel) {
-      outer_tile<M, 2, false>(g, row, col, 0);
+      outer_tile<PAIRS, M, 2, false>(g, row, col, 0);
     } else if (left >= kVec) {
-      outer_tile<M, 1, false>(g, row, col, 0);
+      outer_tile<PAIRS, M, 1, false>(g, row, col, 0);
     } else {
-      outer_tile<M, 1, true>(g, row, col, static_cast<int>(left));
+      outer_tile<PAIRS, M, 1, true>(g, row, col, static_cast<int>(left));
     }
   } else if constexpr (M > 1) {
-    outer_rows<M - 1>(m, g, row, col, left);
+    outer_rows<PAIRS, M - 1>(m, g, row, col, left);
   }
 }
 
+template <bool PAIRS = false>
 static void outer(const Outer& g, int64_t n, int64_t C) {
   const RowSplit rows = split_rows(n, kRows);
   for (int64_t col = 0, width; col < C; col += width) {
@@ -341,7 +351,7 @@ static void outer(const Outer& g, int64_t n, int64_t C) {
     int64_t row = 0;
     for (int64_t i = 0; i < rows.blocks; ++i) {
       const int m = static_cast<int>(rows.base + (i < rows.extra));
-      outer_rows<kRows>(m, g, row, col, C - col);
+      outer_rows<PAIRS, kRows>(m, g, row, col, C - col);
       row += m;
     }
   }

@@ -4,6 +4,7 @@ struct Tokens {
   uintptr_t x;
   Storage storage;
   int64_t stride, n, C;  // stride in bytes
+  bool pairs;            // rows are left in bf16, and taken for C / 2 floats
   const uint8_t* mask;
   const int64_t* lookup;
   int64_t x_rows;
@@ -18,8 +19,9 @@ struct Tokens {
   uintptr_t row(int64_t i) const { return x + static_cast<uintptr_t>((lookup != nullptr ? lookup[i] : i) * stride); }
 };
 
-static Tokens item_tokens(const TokenStream& s, int64_t b) {
+static Tokens item_tokens(const TokenStream& s, int64_t b, bool pairs) {
   Tokens t{};
+  t.pairs = pairs;
   const int64_t begin = s.offsets != nullptr ? s.offsets[b] : b * s.n;
   t.n = s.offsets != nullptr ? s.offsets[b + 1] - begin : s.n;
   t.x = reinterpret_cast<uintptr_t>(s.x);
@@ -49,6 +51,7 @@ struct Tile {
   const float** rows;  // [n] row pointers
   bool copied;         // rows are in a tile's memory, not the caller's
   int64_t* index;      // [n] token numbers within the item
+  const float** joined;  // [(n + 1) / 2] rows of pairs: column c of tokens 2 i and 2 i + 1
   Ahead ahead;         // where the next tile probably is
 };
 
@@ -98,15 +101,42 @@ static int64_t next_tile(const Tokens& t, int64_t from, int64_t want, bool one_b
   if (n == 0) return from;
   const bool run = t.lookup == nullptr && tile.index[n - 1] - tile.index[0] == n - 1;
   if (run) tile.ahead = {t.row(tile.index[0]) + static_cast<uintptr_t>(n * t.stride), t.stride, n, bytes_of(t.storage)};
-  tile.copied = t.storage != Storage::f32 || (!one_by_one && (!run || t.stride % 4096 == 0));
+  const bool floats = t.pairs || t.storage == Storage::f32;
+  const int64_t width = t.pairs ? t.C / 2 : t.C;
+  tile.copied = !floats || (!one_by_one && (!run || t.stride % 4096 == 0));
   tile.x = tile.copied ? copy : tile.rows[0];
-  tile.stride = tile.copied ? round_up(t.C, 16) + 16 : t.stride / 4;
+  tile.stride = tile.copied ? round_up(width, 16) + 16 : t.stride / 4;
   for (int64_t i = 0; tile.copied && i < n; ++i) {
-    copy_row(t.storage, reinterpret_cast<uintptr_t>(tile.rows[i]), t.C, copy + i * tile.stride);
+    copy_row(floats ? Storage::f32 : t.storage, reinterpret_cast<uintptr_t>(tile.rows[i]), width, copy + i * tile.stride);
     tile.rows[i] = copy + i * tile.stride;
   }
   return from;
 }
+
+// The tile's rows two by two, which is how a product over tokens reads them.
+static void join_tokens(Tile& tile, int64_t C, float* memory) {
+  const int64_t ld = round_up(C, 16) + 16;
+  for (int64_t t = 0; t < tile.n; t += 2) {
+    const auto* second = t + 1 < tile.n ? reinterpret_cast<const Half*>(tile.rows[t + 1]) : nullptr;
+    join_rows(reinterpret_cast<const Half*>(tile.rows[t]), second, C, memory + t / 2 * ld);
+    tile.joined[t / 2] = memory + t / 2 * ld;
+  }
+}
+
+// n rows of floats, ld apart -> rows of pairs, of one row and the next; as far apart, and perhaps in the same place.
+static void join_floats(const float* rows, int64_t n, int64_t ld, int64_t width, float* out) {
+  for (int64_t t = 0; t < n; t += 2) {
+    const float *first = rows + t * ld, *second = first + ld;
+    float* const to = out + t / 2 * ld;
+    const bool both = t + 1 < n;
+    int64_t v = 0;
+    for (; v + kVec <= width; v += kVec) store(to + v, round_pairs(load(first + v), both ? load(second + v) : zero()));
+    for (; v < width; ++v) to[v] = pair_of(bf16_bits(first[v]), both ? bf16_bits(second[v]) : 0);
+  }
+}
+
+// How many floats a row of C numbers takes where it is multiplied with tokens.
+EM3_INLINE int64_t width_of(const Shape& shape, int64_t C) { return shape.pairs ? C / 2 : C; }
 
 // Hands out a worker's scratch memory. Built twice: once from null to learn the size.
 struct Arena {
@@ -125,25 +155,58 @@ struct Arena {
 
 struct TileScratch {
   float* copy;
+  float* joined;
   Tile tile;
 };
 
 template <class Stream>
 static TileScratch make_tile_scratch(Arena& arena, const Shape& shape, const Stream* streams, int M) {
-  int64_t rows = 0, floats = 0;
+  int64_t rows = 0, floats = 0, joined = 0;
   for (int m = 0; m < M; ++m) {
     const int64_t C = streams[m].tokens.C, limit = tile_limit(C);
     rows = limit > rows ? limit : rows;
     if (few(shape) && streams[m].tokens.storage == Storage::f32) continue;  // never copied
     const int64_t need = limit * (round_up(C, 16) + 16);
     floats = need > floats ? need : floats;
+    if (shape.pairs) joined = need / 2 > joined ? need / 2 : joined;
   }
   TileScratch s{};
   s.copy = arena.floats(floats);
+  s.joined = arena.floats(joined);
+  s.tile.joined = arena.array<const float*>(shape.pairs ? (rows + 1) / 2 : 0);
   s.tile.rows = arena.array<const float*>(rows);
   s.tile.index = arena.array<int64_t>(rows);
   s.tile.n = rows;
   return s;
+}
+
+template <class Stream>
+static int64_t widest(const Stream* streams, int M) {
+  int64_t C = 0;
+  for (int m = 0; m < M; ++m) C = streams[m].tokens.C > C ? streams[m].tokens.C : C;
+  return C;
+}
+
+// Rows of queries as they are multiplied with tokens: themselves, or rounded to bf16.
+struct Halves {
+  float* memory;       // [K, C / 2]
+  const float** rows;  // [K]
+};
+
+template <class Stream>
+static Halves make_halves(Arena& arena, const Shape& shape, const Stream* streams, int M) {
+  const int64_t K = shape.pairs ? shape.K() : 0;
+  return {arena.floats(K * widest(streams, M) / 2), arena.array<const float*>(K)};
+}
+
+static const float* const* as_read(const Shape& shape, const Halves& halves, const float* const* rows, int64_t C) {
+  if (!shape.pairs) return rows;
+  for (int64_t r = 0; r < shape.K(); ++r) {
+    float* const to = halves.memory + r * (C / 2);
+    round_row(rows[r], C, reinterpret_cast<Half*>(to));
+    halves.rows[r] = to;
+  }
+  return halves.rows;
 }
 
 // Items whose products with the value weights are done together: their rows of y, or of dy, take up to a quarter of a
