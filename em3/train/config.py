@@ -82,6 +82,7 @@ class TrainConfig:
     warmup_steps: int = 50
     weight_decay: float = 1e-4
     id_lr_factor: float = 1.0  # of the ID tables' learning rate
+    average: float = 0.0  # decay of a moving average of the weights, which is validated and kept; 0 for the weights themselves
     write_back: bool = True  # a step's content goes into the bank
     refresh_every: int = 50  # steps between full refreshes of the bank
     checkpoint_every: int = 200  # steps
@@ -218,6 +219,8 @@ def _check(config: Config) -> None:
         for number in value if isinstance(value, list) else [value]:
             if number is not None and not number >= least:  # nor NaN
                 raise ConfigError(f"{key}: was {value}, must be at least {least}")
+    if not 0 <= config.train.average < 1:
+        raise ConfigError(f"train.average: was {config.train.average}, must be a decay from 0 to below 1")
     for key in ("model.dropout", "model.id_dropout", "model.content_id_dropout"):
         if not 0 <= _value(config, key) <= 1:
             raise ConfigError(f"{key}: was {_value(config, key)}, must be a share from 0 to 1")

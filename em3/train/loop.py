@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from ..data.batches import Batch, Batches
 from ..files import atomic, whole_lines
 from . import checkpoint
+from .average import Average
 from .config import TrainConfig, differences
 from .metrics import evaluate
 
@@ -61,6 +63,7 @@ class Training:
         self.per_epoch = max(1, len(self.rows["train"]) // config.batch_size)
         self.steps = config.epochs * self.per_epoch
         self.optimizer = torch.optim.Adam(parameter_groups(model, config), fused=True)
+        self.average = Average(self.optimizer, config.average) if config.average else None
         self.state = State()
 
     def run(self) -> dict[str, Any]:
@@ -134,6 +137,8 @@ class Training:
         losses.total.backward()
         self.optimizer.step()
         self._check_parameters()
+        if self.average is not None:
+            self.average.update(step)
         if streams is not None and self.config.write_back:
             model.write_back(batch, losses.content)  # type: ignore[operator]
         self.state.step += 1
@@ -164,8 +169,15 @@ class Training:
                                 "no epoch can be chosen by them")  # fmt: skip
 
     def _validate(self) -> None:
-        if self.read is not None:
+        """Scores of the weights, or of their average, and the checkpoint of the best so far."""
+        with nullcontext() if self.average is None else self.average.instead():
+            if self.read is not None:
+                self.model.refresh(self.read)  # type: ignore[operator]
+            self._score()
+        if self.average is not None and self.read is not None:
             self.model.refresh(self.read)  # type: ignore[operator]
+
+    def _score(self) -> None:
         scores = self.evaluate("valid")
         self._write({"step": self.state.step, "valid": scores})
         found = scores["auc"]

@@ -62,9 +62,11 @@ def lines(folder):
     return [{k: v for k, v in line.items() if k != "time"} for line in loop.read_metrics(folder)]
 
 
-@pytest.mark.parametrize("arm", ["id_only", "two_stage", "em3", "em3_mean_tokens"])
-def test_killed_anywhere(arm, seed, tmp_path):
-    setting = Setting(seed, arm)
+@pytest.mark.parametrize(
+    ("arm", "average"), [("id_only", 0.0), ("two_stage", 0.0), ("em3", 0.0), ("em3_mean_tokens", 0.0), ("em3", 0.9)]
+)
+def test_killed_anywhere(arm, average, seed, tmp_path):
+    setting = Setting(seed, arm, dataclasses.replace(TRAIN, average=average))
     want = setting.training(tmp_path / "whole").run()
     steps = setting.training(tmp_path / "whole").steps
     assert steps >= 12
@@ -107,6 +109,33 @@ def test_the_best_epoch_is_tested(seed, tmp_path):
     again = setting.training(tmp_path / "other")
     checkpoint.load(tmp_path / loop.BEST, again.model)
     assert again.evaluate("test") == result["test"]
+
+
+def test_the_average_of_the_weights_is_kept(seed, tmp_path):
+    """Every step enters it; the weights train on as if there were none."""
+    decay, train = 0.8, dataclasses.replace(TRAIN, epochs=1, write_back=False)
+    plain = Setting(seed, train=train).training(tmp_path / "plain")
+    want, step, average = {}, plain.step, {}
+
+    def watched(batch):
+        number = plain.state.step
+        step(batch)
+        for name, p in plain.model.named_parameters():
+            p = p.detach().double()
+            keep = min(decay, (1 + number) / (10 + number))
+            average[name] = p if number == 0 else keep * average[name] + (1 - keep) * p
+        want.update({name: p.detach().clone() for name, p in plain.model.named_parameters()})
+
+    plain.step = watched
+    plain.run()
+    averaged = Setting(seed, train=dataclasses.replace(train, average=decay)).training(tmp_path / "averaged")
+    averaged.run()
+    kept, _ = checkpoint.read(tmp_path / "averaged" / loop.BEST)
+    last, _ = checkpoint.read(tmp_path / "averaged" / loop.LAST)
+    assert any(not torch.equal(kept[f"model.{name}"], p) for name, p in want.items())
+    for name, p in want.items():
+        torch.testing.assert_close(kept[f"model.{name}"].double(), average[name], rtol=0, atol=1e-6)
+        assert torch.equal(last[f"model.{name}"], p), name
 
 
 def test_a_loss_that_is_not_finite(seed, tmp_path):
