@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..jagged import Jagged
 from .mean_tokens import MeanTokens
 from .qformer_attention import QFormerAttention
 
@@ -76,6 +77,20 @@ class FusionQFormer(nn.Module):
             x = layer(x, streams, masks)
         return self.norm(x)
 
+    @torch.no_grad()
+    def attention_weights(self, streams: Any,
+                          masks: Sequence[Tensor | None] | None = None) -> list[list[Tensor | Jagged]]:  # fmt: skip
+        """What the queries read of each token, for looking at: an entry a layer that reads the tokens, in it one a stream,
+        as :func:`em3.ops.qformer_attention_weights` returns them. In training mode the queries come from layers that drop;
+        call ``eval()`` before."""
+        found, x = [], self.query[None]
+        for layer in self.layers:
+            assert isinstance(layer, FusionLayer)
+            if layer.cross is not None:
+                found.append(layer.attention_weights(x, streams, masks))
+            x = layer(x, streams, masks)
+        return found
+
     def forward(self, streams: Any, masks: Sequence[Tensor | None] | None = None) -> Tensor:
         """``streams`` and ``masks`` as in :func:`em3.ops.qformer_attention` -> ``[B, out_dim]``."""
         content: Tensor = self.out(self.queries(streams, masks).flatten(1))
@@ -108,6 +123,16 @@ class FusionLayer(nn.Module):
             cross = self.cross
             x = self._residual(x, self.norm_cross, lambda q: cross(q[0] if len(q) == 1 else q, streams, masks))
         return self._residual(x, self.norm_ffn, lambda q: self.ffn_out(F.gelu(self.ffn_in(q))))
+
+    def attention_weights(self, x: Tensor, streams: Any,
+                          masks: Sequence[Tensor | None] | None) -> list[Tensor | Jagged]:  # fmt: skip
+        """Of a layer that reads the tokens, given what :meth:`forward` is given."""
+        assert self.cross is not None
+        assert self.norm_cross is not None
+        q = self._residual(x, self.norm_self, self._among_queries)
+        if self.pre:
+            q = self.norm_cross(q)
+        return self.cross.attention_weights(q[0] if len(q) == 1 else q, streams, masks)
 
     def _residual(self, x: Tensor, norm: nn.Module, block: Any) -> Tensor:
         if self.pre:
