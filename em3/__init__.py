@@ -12,8 +12,9 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError("em3 needs torch, 2.10 or newer, which is not installed: pip install torch") from error
 
-from . import ops
+from . import adapters, ops
 from ._version import __version__
+from .adapters import patch, unpatch
 from .data.content_bank import ContentBank
 from .jagged import Jagged
 from .layers import ContentIDContrastiveLoss, FusionQFormer, LoRALinear, LoRATargetAttention, QFormerAttention
@@ -32,10 +33,13 @@ __all__ = [
     "LoRATargetAttention",
     "QFormerAttention",
     "__version__",
+    "adapters",
     "debug_checks",
     "env_report",
     "ops",
+    "patch",
     "set_backend",
+    "unpatch",
     "use_backend",
 ]
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import qformer_attention
+from ..jagged import Jagged
+from ..ops import qformer_attention, qformer_attention_weights
 
 
 class QFormerAttention(nn.Module):
@@ -56,6 +57,14 @@ class QFormerAttention(nn.Module):
             None if self.b_k is None else list(self.b_k), None if self.b_v is None else list(self.b_v), self.b_o,
             num_heads=self.num_heads, masks=masks, dropout=self.dropout if self.training else 0.0, strategy=self.strategy,
             backend=self.backend,
+        )  # fmt: skip
+
+    def attention_weights(self, query: Tensor, streams: Any,
+                          masks: Sequence[Tensor | None] | None = None) -> list[Tensor | Jagged]:  # fmt: skip
+        """What the queries read of each token: :func:`em3.ops.qformer_attention_weights` with this layer's parameters."""
+        return qformer_attention_weights(
+            query, streams, self.w_q, list(self.w_k), self.b_q, None if self.b_k is None else list(self.b_k),
+            num_heads=self.num_heads, masks=masks,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -17,8 +17,8 @@ from ._dropout import Dropout
 STRATEGIES = ("auto", "absorb", "project")
 
 
-def qformer_attention(query: Tensor, streams: Any, w_q: Tensor, w_k: Sequence[Tensor], w_v: Sequence[Tensor],
-                      w_o: Tensor, b_q: Tensor | None = None, b_k: Sequence[Tensor | None] | None = None,
+def qformer_attention(query: Tensor, streams: Any, w_q: Tensor | None, w_k: Sequence[Tensor], w_v: Sequence[Tensor],
+                      w_o: Tensor | None, b_q: Tensor | None = None, b_k: Sequence[Tensor | None] | None = None,
                       b_v: Sequence[Tensor | None] | None = None, b_o: Tensor | None = None, *, num_heads: int,
                       masks: Sequence[Tensor | None] | None = None, scale: float | None = None,
                       dropout: float = 0.0, strategy: str = "auto", backend: str | None = None) -> Tensor:  # fmt: skip
@@ -41,7 +41,8 @@ def qformer_attention(query: Tensor, streams: Any, w_q: Tensor, w_k: Sequence[Te
         streams: one stream or a sequence of ``M``: padded ``[B, N, C_m]``, or jagged (``em3.Jagged``,
             ``torch.nested`` in the jagged layout, anything with ``.values()`` and ``.offsets()``). Each may be of another
             floating-point dtype than the rest, as tokens stored in a half type: half the memory, not less time.
-        w_q, w_o: ``[D, D]``.
+        w_q, w_o: ``[D, D]``. Without ``w_q`` the query counts as projected, without ``w_o`` the heads' outputs are
+            returned side by side: where a model has these two layers elsewhere.
         w_k, w_v: one ``[D, C_m]`` a stream.
         b_q, b_o: ``[D]`` or None.
         b_k, b_v: one ``[D]`` or None a stream, or None.
@@ -66,16 +67,16 @@ def qformer_attention(query: Tensor, streams: Any, w_q: Tensor, w_k: Sequence[Te
     Source: cross-attention of the Q-Former (Li et al., "BLIP-2", arXiv 2301.12597, section 3.1), used as the
     Fusion-Q-Former by EM3 (arXiv 2404.06078).
     """
-    parsed = _parse(streams, masks, w_k, w_v)
-    wk, wv = _per_stream(w_k, "w_k", len(parsed)), _per_stream(w_v, "w_v", len(parsed))
-    bk, bv = _per_stream(b_k, "b_k", len(parsed)), _per_stream(b_v, "b_v", len(parsed))
+    parsed = parse(streams, masks)
+    wk, wv = per_stream(w_k, "w_k", len(parsed)), per_stream(w_v, "w_v", len(parsed))
+    bk, bv = per_stream(b_k, "b_k", len(parsed)), per_stream(b_v, "b_v", len(parsed))
     query, w_q, w_o, b_q, b_o, *rest = _checks.autocast(
         query, w_q, w_o, b_q, b_o, *(s.values for s in parsed), *wk, *wv, *bk, *bv, device=query.device
     )
     m = len(parsed)
     parsed = [s._replace(values=x) for s, x in zip(parsed, rest[:m], strict=True)]
     wk, wv, bk, bv = rest[m : 2 * m], rest[2 * m : 3 * m], rest[3 * m : 4 * m], rest[4 * m :]
-    batch = _check(query, parsed, w_q, wk, wv, w_o, b_q, bk, bv, b_o, num_heads)
+    batch = check_call(query, parsed, w_q, wk, wv, w_o, b_q, bk, bv, b_o, num_heads)
     _checks.one_of(strategy, STRATEGIES, "strategy")
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout: was {dropout}, must be a probability from 0 to 1")
@@ -83,10 +84,8 @@ def qformer_attention(query: Tensor, streams: Any, w_q: Tensor, w_k: Sequence[Te
         raise ValueError("strategy: was 'project', must be 'absorb' or 'auto' with dropout")
 
     request = _dispatch.requested(backend)
-    d = w_q.shape[0]
-    bu = batch if query.dim() == 3 else 1
-    q = F.linear(query, w_q, b_q).view(bu, query.shape[-2], num_heads, d // num_heads)  # [1 or B, Q, H, E]
-    q = q * ((d // num_heads) ** -0.5 if scale is None else scale)
+    d = query.shape[-1]
+    q = heads_of(query, w_q, b_q, num_heads, scale)  # [1 or B, Q, H, E]
     if dropout:
         strategy = "absorb"
     elif strategy == "auto":
@@ -106,7 +105,14 @@ def qformer_attention(query: Tensor, streams: Any, w_q: Tensor, w_k: Sequence[Te
     else:
         seed = torch.randint(torch.iinfo(torch.int64).max, (1,), device=query.device) if dropout else None
         out = _absorbed(q, parsed, wk, wv, bk, bv, batch, seed, dropout, request)
-    return F.linear(out, w_o, b_o)
+    return out if w_o is None else F.linear(out, w_o, b_o)
+
+
+def heads_of(query: Tensor, w_q: Tensor | None, b_q: Tensor | None, h: int, scale: float | None) -> Tensor:
+    """The queries of each head, scaled, ``[1 or B, Q, H, E]``; 1 where all items share them."""
+    q = query if w_q is None else F.linear(query, w_q, b_q)
+    q = (q if q.dim() == 3 else q[None]).unflatten(-1, (h, -1))
+    return q * (q.shape[-1] ** -0.5 if scale is None else scale)
 
 
 def cheaper(streams: Sequence[Stream], q: int, h: int, d: int) -> str:
@@ -143,14 +149,12 @@ def _sizes(values: Sequence[Tensor], offsets: Sequence[Tensor | None]) -> list[i
 def _absorbed(q: Tensor, streams: Sequence[Stream], w_k: Sequence[Tensor], w_v: Sequence[Tensor],
               b_k: Sequence[Tensor | None], b_v: Sequence[Tensor | None], batch: int, seed: Tensor | None, dropout: float,
               request: str) -> Tensor:  # fmt: skip
-    bu, nq, h, e = q.shape
-    rows = q.permute(2, 0, 1, 3).reshape(h, bu * nq, e)  # [H, Bu * Q, E]
-    u = [torch.bmm(rows, w.view(h, e, w.shape[1])).view(h, bu, nq, w.shape[1]) for w in w_k]  # [H, Bu, Q, C_m]
-    c = _score_offsets(rows, b_k, h, e)
+    _, nq, h, e = q.shape
+    u, c = absorbed_keys(q, w_k, b_k)
     w = [t.view(h, e, t.shape[1]) for t in w_v]
     _, out, mass, _ = torch.ops.em3.qformer_attention(
-        u, None if c is None else c.view(len(u), h, bu, nq), w, [s.values for s in streams],
-        [s.offsets for s in streams], [s.mask for s in streams], batch, seed, dropout, request,
+        u, c, w, [s.values for s in streams], [s.offsets for s in streams], [s.mask for s in streams], batch, seed,
+        dropout, request,
     )  # fmt: skip
     if any(bias is not None for bias in b_v):
         # One product for all streams: 0.7 ms forward and backward against 1.8 for a sum over them (B=1128, Q=4, H=4, E=16).
@@ -158,6 +162,16 @@ def _absorbed(q: Tensor, streams: Sequence[Stream], w_k: Sequence[Tensor], w_v: 
         weights = mass.to(out.dtype).flatten(2).permute(1, 2, 0)  # [H, B * Q, M]
         out = torch.baddbmm(out.flatten(1, 2), weights, biases).view(h, batch, nq, e)
     return out.permute(1, 2, 0, 3).reshape(batch, nq, h * e)
+
+
+def absorbed_keys(q: Tensor, w_k: Sequence[Tensor], b_k: Sequence[Tensor | None]) -> tuple[list[Tensor], Tensor | None]:
+    """Queries ``[1 or B, Q, H, E]`` with the key weights folded in, ``[H, 1 or B, Q, C_m]`` a stream, and what the key
+    biases add to their scores, ``[M, H, 1 or B, Q]`` or None."""
+    bu, nq, h, e = q.shape
+    rows = q.permute(2, 0, 1, 3).reshape(h, bu * nq, e)  # [H, Bu * Q, E]
+    u = [torch.bmm(rows, w.view(h, e, w.shape[1])).view(h, bu, nq, w.shape[1]) for w in w_k]
+    c = _score_offsets(rows, b_k, h, e)
+    return u, None if c is None else c.view(len(u), h, bu, nq)
 
 
 def _score_offsets(rows: Tensor, b_k: Sequence[Tensor | None], h: int, e: int) -> Tensor | None:
@@ -170,7 +184,7 @@ def _score_offsets(rows: Tensor, b_k: Sequence[Tensor | None], h: int, e: int) -
     return torch.stack([zero if b is None else (wide * b.to(wide.dtype).view(h, 1, e)).sum(-1) for b in b_k])
 
 
-def _per_stream(given: Any, name: str, count: int) -> list:
+def per_stream(given: Any, name: str, count: int) -> list:
     if given is None:
         return [None] * count
     if isinstance(given, Tensor):
@@ -180,18 +194,18 @@ def _per_stream(given: Any, name: str, count: int) -> list:
     return list(given)
 
 
-def _parse(streams: Any, masks: Any, w_k: Any, w_v: Any) -> list[Stream]:
+def parse(streams: Any, masks: Any) -> list[Stream]:
     sources = list(streams) if isinstance(streams, (list, tuple)) else [streams]
     if not sources:
         raise ValueError("streams: was empty, must hold at least one stream")
-    given = _per_stream(masks, "masks", len(sources))
+    given = per_stream(masks, "masks", len(sources))
     pairs = enumerate(zip(sources, given, strict=True))
     return [parse_stream(source, mask, f"streams[{i}]", f"masks[{i}]") for i, (source, mask) in pairs]
 
 
-def _check(query: Tensor, streams: Sequence[Stream], w_q: Tensor, w_k: Sequence[Tensor], w_v: Sequence[Tensor],
-           w_o: Tensor, b_q: Tensor | None, b_k: Sequence[Tensor | None], b_v: Sequence[Tensor | None],
-           b_o: Tensor | None, num_heads: int) -> int:  # fmt: skip
+def check_call(query: Tensor, streams: Sequence[Stream], w_q: Tensor | None, w_k: Sequence[Tensor | None],
+               w_v: Sequence[Tensor | None], w_o: Tensor | None, b_q: Tensor | None, b_k: Sequence[Tensor | None],
+               b_v: Sequence[Tensor | None], b_o: Tensor | None, num_heads: int) -> int:  # fmt: skip
     """Everything that shapes, dtypes and devices can show; returns ``B``."""
     batch = num_items(streams[0])
     if query.dim() not in (2, 3):
@@ -200,6 +214,9 @@ def _check(query: Tensor, streams: Sequence[Stream], w_q: Tensor, w_k: Sequence[
     if query.dim() == 3:
         _checks.shape(query, [batch, "Q", d], "query")
     _checks.divides(num_heads, d, "query")
+    for letter, weight, bias in (("q", w_q, b_q), ("o", w_o, b_o)):
+        if weight is None and bias is not None:
+            raise ValueError(f"b_{letter}: was given, must be None without w_{letter}")
     named: dict[str, tuple[Tensor | None, list[int | str]]] = {
         "w_q": (w_q, [d, d]), "w_o": (w_o, [d, d]), "b_q": (b_q, [d]), "b_o": (b_o, [d]),
     }  # fmt: skip
@@ -242,7 +259,7 @@ torch.library.define(
 
 @torch.library.impl("em3::qformer_attention", "default")
 def _forward(u, c, w, values, offsets, masks, batch, seed, dropout, backend):
-    _check_content(values, offsets)
+    check_content(values, offsets)
     args = (u, c, w, values, offsets, masks, batch, _drop(seed, dropout))
     with _checks.no_autocast(values[0].device):
         return _dispatch.choose("qformer_attention", backend, args, _about(*args)).forward(*args)
@@ -251,7 +268,7 @@ def _forward(u, c, w, values, offsets, masks, batch, seed, dropout, backend):
 @torch.library.impl("em3::qformer_attention_backward", "default")
 def _backward(dout, dmass, u, c, w, values, offsets, masks, y, o, mass, lse, need_u, need_w, need_values, seed, dropout,
               backend):  # fmt: skip
-    _check_content(values, offsets)
+    check_content(values, offsets)
     drop = _drop(seed, dropout)
     args = (u, c, w, values, offsets, masks, lse.shape[1], drop)
     chosen = _dispatch.choose("qformer_attention", backend, args, _about(*args))
@@ -272,7 +289,7 @@ def _about(u, c, w, values, offsets, masks, batch, drop):
     return u[0], kind, (batch, q, h, w[0].shape[1], *_sizes(values, offsets))
 
 
-def _check_content(values, offsets):
+def check_content(values, offsets):
     """In the backward again: the user's offsets may have been written to in between."""
     for m, bounds in enumerate(offsets):
         if bounds is not None:

@@ -7,6 +7,6 @@ from . import padding
 from .contrastive_loss import contrastive_loss
 from .lora_linear import lora_linear
 from .lora_target_attention import lora_target_attention
-from .qformer_attention import qformer_attention
+from .qformer_attention import qformer_attention, qformer_attention_weights
 
-__all__ = ["contrastive_loss", "lora_linear", "lora_target_attention", "padding", "qformer_attention"]
+__all__ = ["contrastive_loss", "lora_linear", "lora_target_attention", "padding", "qformer_attention", "qformer_attention_weights"]

@@ -78,6 +78,23 @@ def test_jagged_equals_padded_and_empty_items(seed):
     torch.testing.assert_close(alone[0], a[3])
 
 
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_attention_weights(norm, seed):
+    """Those of the very queries that each cross-attention is called with."""
+    model = em3.FusionQFormer([6, 4], 8, num_queries=2, num_layers=3, num_heads=2, cross_every=2, norm=norm, dropout=0.5).eval()
+    streams = [torch.randn(4, 5, 6), em3.Jagged(torch.randn(7, 4), torch.tensor([0, 3, 3, 6, 7]))]
+    queries = []
+    for layer in (model.layers[0], model.layers[2]):
+        layer.cross.register_forward_pre_hook(lambda module, args: queries.append(args[0].detach()))
+    model(streams)
+    first, third = model.attention_weights(streams)
+    for found, layer, query in zip((first, third), (model.layers[0], model.layers[2]), queries[:2], strict=True):
+        padded, jagged = layer.cross.attention_weights(query, streams)
+        torch.testing.assert_close(found[0], padded)
+        torch.testing.assert_close(found[1].values(), jagged.values())
+        assert not found[0].requires_grad
+
+
 def test_mean_tokens(seed):
     model = MeanTokens([6, 4], 5)
     streams = [[torch.randn(n, c) for n in lengths] for c, lengths in ((6, (3, 0)), (4, (2, 4)))]

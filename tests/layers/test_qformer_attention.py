@@ -23,6 +23,12 @@ def test_is_the_operation_on_its_parameters(bias):
     torch.testing.assert_close(got, want)
     got.sum().backward()
     assert all(p.grad is not None for p in layer.parameters())
+    found = layer.attention_weights(query, streams, masks)
+    of = reference.qformer_attention_weights(
+        query, streams, layer.w_q, list(layer.w_k), *biases[:2], num_heads=2, masks=masks
+    )
+    torch.testing.assert_close(found[0], of[0])
+    torch.testing.assert_close(found[1].values().permute(1, 2, 0), of[1][0])  # all of them are item 0's
 
 
 def test_starts_like_multihead_attention_and_survives_a_state_dict():

@@ -383,6 +383,15 @@ def test_scale():
         torch.testing.assert_close(got, plain(scale=0.9, **args))
 
 
+@pytest.mark.parametrize(("strategy", "backend"), WAYS)
+@pytest.mark.parametrize("per_item", [False, True])
+def test_without_the_first_and_the_last_projection(strategy, backend, per_item):
+    args = make(3, 2, 2, 8, [12], [7], per_item=per_item) | dict(w_q=None, b_q=None, w_o=None, b_o=None)
+    oracle.check(op(strategy, backend), plain, args, torch.float32)
+    with pytest.raises(ValueError, match=r"b_o: was given, must be None without w_o"):
+        op(strategy, backend)(**args | dict(b_o=torch.randn(16)))
+
+
 def test_the_cost_model_takes_the_cheaper_form():
     def streams(n: int) -> list[em3.jagged.Stream]:
         return [em3.jagged.Stream(torch.empty(32, n, 512, device="meta"), None, None)]

@@ -73,10 +73,7 @@ def attend(streams: list[Rows], u: list[Tensor], c: Tensor | None, batch: int,
     mass = torch.empty(len(streams), batch, h * q, dtype=dtype, device=device)
     total = torch.empty(batch, h * q, dtype=dtype, device=device)
     for chunk in chunks(streams, batch, row_cost(streams, h * q)):
-        scores = _scores(chunk, u, c, dtype)  # [b, K, n] a stream
-        # The lowest finite number, where no stream has a token: every weight is then exp(-inf) = 0, and so is y.
-        shift = _highest(scores).clamp_(min=torch.finfo(dtype).min)  # [b, K]
-        weights = [s.sub_(shift[..., None]).exp_() for s in scores]
+        weights, shift = _exponentials(_scores(chunk, u, c, dtype))  # [b, K, n] a stream
         part = torch.stack([w.sum(-1) for w in weights])  # [M, b, K]
         whole = part.sum(0)
         if drop is not None:
@@ -90,6 +87,21 @@ def attend(streams: list[Rows], u: list[Tensor], c: Tensor | None, batch: int,
     mass = mass.view(len(streams), batch, h, q).transpose(1, 2)
     lse = total.log_().add_(tops).view(batch, h, q).transpose(0, 1)
     return y, mass.contiguous(), lse.contiguous()
+
+
+def attention_weights(streams: list[Rows], u: list[Tensor], c: Tensor | None, batch: int, out: list[Tensor]) -> None:
+    """What the rows read of each token, into zeros ``[B, H, Q, N]`` for a padded stream and ``[T, H, Q]`` for a jagged one."""
+    h, _, q, _ = u[0].shape
+    dtype = compute_dtype(u[0])
+    for chunk in chunks(streams, batch, row_cost(streams, h * q)):
+        weights, _ = _exponentials(_scores(chunk, u, c, dtype))
+        total = functools.reduce(torch.add, [w.sum(-1, keepdim=True) for w in weights])  # [b, K, 1]
+        for m, piece in enumerate(chunk.pieces):
+            read = weights[m].div_(total.clamp(min=1))  # the largest is 1, so only an empty item is clamped
+            if streams[m].offsets is None:
+                out[m][chunk.items] = read.view(chunk.size, h, q, read.shape[-1]).to(out[m].dtype)
+            else:
+                scatter(out[m].flatten(1), piece, read.transpose(1, 2))
 
 
 def attend_backward(streams: list[Rows], dy: list[Tensor], dmass: Tensor | None, u: list[Tensor], c: Tensor | None,
@@ -161,6 +173,13 @@ def _highest(scores: list[Tensor]) -> Tensor:
     if not tops:
         return scores[0].new_full(scores[0].shape[:2], -torch.inf)
     return functools.reduce(torch.maximum, tops)
+
+
+def _exponentials(scores: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """In place ``exp(scores - shift)``, where the row's largest is 1, and ``shift [b, K]``."""
+    # The lowest finite number, where no stream has a token: every weight is then exp(-inf) = 0, and so is what is read.
+    shift = _highest(scores).clamp_(min=torch.finfo(scores[0].dtype).min)
+    return [s.sub_(shift[..., None]).exp_() for s in scores], shift
 
 
 def _delta(dread: list[Tensor], dmass: Tensor | None, y: list[Tensor], mass: Tensor, chunk: Chunk) -> Tensor:
