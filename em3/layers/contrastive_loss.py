@@ -1,4 +1,4 @@
-"""``ContentIDContrastiveLoss``: the content-ID contrast with its learnable temperature."""
+"""``ContentIDContrastiveLoss``: the content-ID contrast with its learnable temperature, and bias."""
 
 from __future__ import annotations
 
@@ -8,43 +8,61 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..ops import contrastive_loss
+from ..ops import ContrastiveMetrics, contrastive_loss, contrastive_metrics
+from ..ops import _contrastive_checks as check
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+# Where the scale of each kind starts: CLIP's and SigLIP's.
+INIT_LOGIT_SCALE = {"infonce": 1 / 0.07, "sigmoid": 10.0}
+
+
 class ContentIDContrastiveLoss(nn.Module):
-    """In-batch InfoNCE between content and ID embeddings with a learnable logit scale: EM3's CIC task.
+    """In-batch contrast between content and ID embeddings with a learnable logit scale: EM3's CIC task.
 
     The scale is kept as its logarithm, as in CLIP (arXiv 2103.00020, section 2.5): it stays positive and a step changes
     it by a factor. A training step that finds it above ``max_logit_scale`` writes the maximum back to the parameter,
     so that it can come down again at once; a clamp inside the formula would leave it there without a gradient.
+    ``kind="sigmoid"`` has a learnable ``logit_bias`` too, which stands for how few of the pairs are positive.
 
     Args:
-        init_logit_scale: where the scale starts.
+        init_logit_scale: where the scale starts; by default at ``1 / 0.07``, and at 10 for ``kind="sigmoid"``.
         max_logit_scale: the largest scale.
-        duplicates, direction, reduction, normalize, backend: as in :func:`em3.ops.contrastive_loss`.
+        init_logit_bias: where the bias of ``kind="sigmoid"`` starts.
+        kind, label_smoothing, duplicates, direction, reduction, normalize, backend: as in
+            :func:`em3.ops.contrastive_loss`.
 
-    Source: EM3 (arXiv 2404.06078); initial value and maximum are CLIP's.
+    Source: EM3 (arXiv 2404.06078); initial values and the maximum are CLIP's, and SigLIP's (arXiv 2303.15343, section
+    3.2) for its kind.
     """
 
-    def __init__(self, *, init_logit_scale: float = 1 / 0.07, max_logit_scale: float = 100.0, duplicates: str = "mask",
-                 direction: str = "both", reduction: str = "mean", normalize: bool = True,
+    logit_bias: nn.Parameter | None
+
+    def __init__(self, *, init_logit_scale: float | None = None, max_logit_scale: float = 100.0,
+                 init_logit_bias: float = -10.0, kind: str = "infonce", label_smoothing: float = 0.0,
+                 duplicates: str = "mask", direction: str = "both", reduction: str = "mean", normalize: bool = True,
                  backend: str | None = None) -> None:  # fmt: skip
         super().__init__()
+        check.kind_options(kind, init_logit_bias if kind == "sigmoid" else None, label_smoothing)
+        init_logit_scale = INIT_LOGIT_SCALE[kind] if init_logit_scale is None else init_logit_scale
         if not 0 < init_logit_scale <= max_logit_scale:
             raise ValueError(
                 f"init_logit_scale: was {init_logit_scale}, must be above 0 and at most max_logit_scale {max_logit_scale}"
             )
         self.init_logit_scale, self.max_logit_scale = init_logit_scale, max_logit_scale
+        self.init_logit_bias, self.kind, self.label_smoothing = init_logit_bias, kind, label_smoothing
         self.duplicates, self.direction, self.reduction = duplicates, direction, reduction
         self.normalize, self.backend = normalize, backend
         self.log_scale = nn.Parameter(torch.empty(()))
+        self.register_parameter("logit_bias", nn.Parameter(torch.empty(())) if kind == "sigmoid" else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.constant_(self.log_scale, math.log(self.init_logit_scale))
+        if self.logit_bias is not None:
+            nn.init.constant_(self.logit_bias, self.init_logit_bias)
 
     @property
     def logit_scale(self) -> Tensor:
@@ -63,12 +81,26 @@ class ContentIDContrastiveLoss(nn.Module):
                 self.log_scale.clamp_(max=math.log(self.max_logit_scale))
         return contrastive_loss(
             content, ids_embedding, item_ids=item_ids, duplicates=self.duplicates, logit_scale=self.logit_scale,
-            log_q=log_q, weight=weight, negatives=negatives, direction=self.direction, reduction=self.reduction,
+            logit_bias=self.logit_bias, log_q=log_q, weight=weight, negatives=negatives, kind=self.kind,
+            label_smoothing=self.label_smoothing, direction=self.direction, reduction=self.reduction,
             normalize=self.normalize, group=group, backend=self.backend,
         )  # fmt: skip
 
+    def metrics(self, content: Tensor, ids_embedding: Tensor, *, item_ids: Tensor | None = None,
+                log_q: Tensor | None = None, weight: Tensor | None = None, negatives: Tensor | None = None,
+                group: ProcessGroup | None = None) -> ContrastiveMetrics:  # fmt: skip
+        """Accuracy@1 and the mean rank of the positive for what ``forward`` was given: :func:`em3.ops.contrastive_metrics`."""
+        return contrastive_metrics(
+            content, ids_embedding, item_ids=item_ids, duplicates=self.duplicates, logit_scale=self.logit_scale,
+            log_q=log_q, weight=weight, negatives=negatives, direction=self.direction, normalize=self.normalize, group=group,
+        )  # fmt: skip
+
     def extra_repr(self) -> str:
+        of_kind = f"label_smoothing={self.label_smoothing}"
+        if self.kind == "sigmoid":
+            of_kind = f"init_logit_bias={self.init_logit_bias:.4g}"
         return (
+            f"kind={self.kind!r}, {of_kind}, "
             f"init_logit_scale={self.init_logit_scale:.4g}, max_logit_scale={self.max_logit_scale:.4g}, "
             f"duplicates={self.duplicates!r}, direction={self.direction!r}, reduction={self.reduction!r}, "
             f"normalize={self.normalize}"

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _contrastive_operator, _contrastive_ring  # noqa: F401, they register the operators that are called here
+from . import _contrastive_kinds as kinds
+from . import _contrastive_ranks, _contrastive_ring  # noqa: F401, they register operators that are called here, as do the kinds
 
 
 class Alone:
@@ -19,10 +20,21 @@ class Alone:
     def __init__(self, rows: int) -> None:
         self.rows = rows
 
-    def statistics(self, x: Tensor, y: Tensor, scale: Tensor, item_ids: Tensor | None, offset: Tensor | None,
-                   asked: list[bool], backend: str) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """``row, col`` of ``em3::contrastive_loss``, whose arguments these are."""
-        found: tuple[Tensor, Tensor] = torch.ops.em3.contrastive_loss(x, y, scale, item_ids, offset, *asked, backend)
+    def sums(self, kind: str, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, item_ids: Tensor | None,
+             offset: Tensor | None, asked: list[bool], backend: str) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """``row, col`` of ``em3::contrastive_loss`` or ``em3::contrastive_sigmoid``, whose arguments these are."""
+        found: tuple[Tensor, Tensor]
+        if kind == kinds.INFONCE:
+            found = torch.ops.em3.contrastive_loss(x, y, scale, item_ids, offset, *asked, backend)
+        else:
+            positive = kind == kinds.SIGMOID_POSITIVE
+            found = torch.ops.em3.contrastive_sigmoid(x, y, scale, bias, item_ids, offset, *asked, positive, backend)
+        return found
+
+    def above(self, x: Tensor, y: Tensor, scale: Tensor, item_ids: Tensor | None, offset: Tensor | None,
+              of_row: Tensor | None, of_col: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """``row, col`` of ``em3::contrastive_ranks``, whose arguments these are."""
+        found: tuple[Tensor, Tensor] = torch.ops.em3.contrastive_ranks(x, y, scale, item_ids, offset, of_row, of_col)
         return found
 
     def total(self, t: Tensor) -> Tensor:
@@ -50,10 +62,17 @@ class Shared:
         self.ranks = sizes.shape[0]
         self.rows = sizes[:, 0].sum()  # on the CPU
 
-    def statistics(self, x: Tensor, y: Tensor, scale: Tensor, item_ids: Tensor | None, offset: Tensor | None,
-                   asked: list[bool], backend: str) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def sums(self, kind: str, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, item_ids: Tensor | None,
+             offset: Tensor | None, asked: list[bool], backend: str) -> tuple[Tensor, Tensor]:  # fmt: skip
         found: tuple[Tensor, Tensor] = torch.ops.em3.contrastive_loss_ring(
-            x, y, scale, item_ids, offset, self.sizes, *asked, backend, self.group
+            x, y, scale, bias, item_ids, offset, self.sizes, *asked, kind, backend, self.group
+        )
+        return found
+
+    def above(self, x: Tensor, y: Tensor, scale: Tensor, item_ids: Tensor | None, offset: Tensor | None,
+              of_row: Tensor | None, of_col: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+        found: tuple[Tensor, Tensor] = torch.ops.em3.contrastive_ranks_ring(
+            x, y, scale, item_ids, offset, of_row, of_col, self.sizes, self.group
         )
         return found
 

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _contrastive_kinds as kinds
 from ._contrastive_scope import Scope
 
+KINDS = ("infonce", "sigmoid")
 DIRECTIONS = ("both", "content_to_id", "id_to_content")
 
 
@@ -20,10 +22,13 @@ class Batch(NamedTuple):
     y: Tensor  # [B, V], ID embeddings
     extra: Tensor | None  # [K, V]
     scale: Tensor  # [], float64
+    bias: Tensor | None  # [], float64; of the kind "sigmoid" only
     item_ids: Tensor | None  # [B]
     log_q: Tensor | None  # [B]
     duplicates: str
     direction: str
+    kind: str
+    smoothing: float
 
     @property
     def asked(self) -> list[bool]:
@@ -46,8 +51,12 @@ class Batch(NamedTuple):
     def masked(self) -> Tensor | None:
         return self.item_ids if self.duplicates == "mask" else None
 
+    def ways(self, *pairs: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Of the two directions' pairs of tensors those that are asked for."""
+        return [pair for pair, asked in zip(pairs, self.asked, strict=True) if asked]
+
     def positive(self) -> Tensor:
-        """``L_ii [B]``."""
+        """``L_ii [B]``, without the bias."""
         x, y = self.x, self.y
         if self.duplicates == "positive":
             # Here the positives cancel each other; where all rows are one item, all but entirely.
@@ -56,39 +65,94 @@ class Batch(NamedTuple):
         return found if self.log_q is None else found - self.log_q
 
 
+def losses(batch: Batch, scope: Scope, request: str) -> Tensor:
+    """``loss_i [B]``, the mean over the directions that are asked for."""
+    return infonce(batch, scope, request) if batch.kind == "infonce" else sigmoid(batch, scope, request)
+
+
 def infonce(batch: Batch, scope: Scope, request: str) -> Tensor:
     """``loss_i [B]``, from the logsumexp over the *other* candidates ``n_i``.
 
     With the positive's logit ``p_i``, ``logsumexp(p_i, n_i) - p_i = log(1 + exp(n_i - p_i))``. Here the positive cancels
-    exactly, so that a loss of 1e-4 keeps its digits where logits are near 100.
+    exactly, so that a loss of 1e-4 keeps its digits where logits are near 100. What other targets than the positive alone
+    add is linear in the logits: means over positives and over candidates, which take no matrix.
     """
-    found = scope.statistics(
-        batch.x, batch.candidates, batch.scale, batch.masked, batch.offset, batch.asked, request
+    found = scope.sums(
+        kinds.INFONCE, batch.x, batch.candidates, batch.scale, None, batch.masked, batch.offset, batch.asked, request
     )
     positive = batch.positive()
     # At the threshold log(1 + e^40) is 40 in float64 too; the default of 20 is off by 2e-9.
     ways = [F.softplus(n - positive, threshold=40) for n, asked in zip(found, batch.asked, strict=True) if asked]
     loss = sum(ways[1:], ways[0]) / len(ways)
-    return loss + _excess(batch, scope) if batch.duplicates == "positive" else loss
+    if batch.duplicates == "positive":
+        loss = loss + (1 - batch.smoothing) * _over_positives(batch, scope)
+    return loss + batch.smoothing * _over_candidates(batch, scope) if batch.smoothing else loss
 
 
-def _excess(batch: Batch, scope: Scope) -> Tensor:
+def sigmoid(batch: Batch, scope: Scope, request: str) -> Tensor:
+    """``loss_i [B]``: the row's own pair, and the sum over all others."""
+    assert batch.bias is not None
+    kind = kinds.SIGMOID_POSITIVE if batch.duplicates == "positive" else kinds.SIGMOID
+    item_ids = None if batch.duplicates == "keep" else batch.item_ids
+    found = scope.sums(
+        kind, batch.x, batch.candidates, batch.scale, batch.bias, item_ids, batch.offset, batch.asked, request
+    )
+    own = F.softplus(-(batch.positive() + batch.bias), threshold=40)
+    ways = [others for others, asked in zip(found, batch.asked, strict=True) if asked]
+    return own + sum(ways[1:], ways[0]) / len(ways)
+
+
+def _over_positives(batch: Batch, scope: Scope) -> Tensor:
     """``[B]``: by how much the positive's logit is over the mean logit of all positives, a mean over the directions."""
     assert batch.item_ids is not None
     x, y = batch.x.double(), batch.y.double()
-    pairs = [pair for pair, asked in zip(((x, y), (y, x)), batch.asked, strict=True) if asked]  # anchors, others
+    pairs = batch.ways((x, y), (y, x))
     parts = [others for _, others in pairs] + ([] if batch.log_q is None else [batch.log_q[:, None].double()])
-    means = _item_means(parts, batch.item_ids, scope)
-    spread = [(anchors * (others - mean)).sum(-1) for (anchors, others), mean in zip(pairs, means, strict=False)]
-    excess = batch.scale * sum(spread[1:], spread[0]) / len(spread)
-    return excess if batch.log_q is None else excess - (parts[-1] - means[-1]).squeeze(1)
+    ones = torch.ones_like(batch.item_ids, dtype=torch.float64)[:, None]
+    sums = scope.item_sums(torch.cat([*parts, ones], 1), batch.item_ids)
+    means = (sums[:, :-1] / sums[:, -1:]).split([part.shape[1] for part in parts], 1)
+    of_log_q = None if batch.log_q is None else means[-1]
+    ways = [_over_mean(batch, pair, mean, of_log_q) for pair, mean in zip(pairs, means, strict=False)]
+    return sum(ways[1:], ways[0]) / len(ways)
 
 
-def _item_means(parts: list[Tensor], item_ids: Tensor, scope: Scope) -> list[Tensor]:
-    """``[B, F]`` each: in place of each row the mean of the rows of its item."""
-    ones = torch.ones_like(item_ids, dtype=torch.float64)[:, None]
-    sums = scope.item_sums(torch.cat([*parts, ones], 1), item_ids)
-    return list((sums[:, :-1] / sums[:, -1:]).split([part.shape[1] for part in parts], 1))
+def _over_candidates(batch: Batch, scope: Scope) -> Tensor:
+    """``[B]``: by how much the positive's logit is over the mean logit of all candidates, a mean over the directions.
+
+    The candidates' sum is that over everything, ``[V]``; where items are masked, it is that less the item's, ``[B, V]``, and
+    the positive apart: a row whose item is the whole batch then has exactly nothing to be over.
+    """
+    (b, v), extra = batch.x.shape, batch.extra
+    pairs = batch.ways((batch.x, batch.y), (batch.y, batch.x))
+    log_q = batch.x.new_zeros(b) if batch.log_q is None else batch.log_q
+    parts = [*(others for _, others in pairs), log_q[:, None], batch.x.new_ones(b, 1)]
+    further = batch.x.new_zeros(v + 1, dtype=torch.float64)  # the sum of the extra negatives, and how many there are
+    if extra is not None:
+        further = torch.cat([extra.sum(0, dtype=torch.float64), further.new_full((1,), extra.shape[0])])
+    widths = [part.shape[1] for part in parts]
+    total = scope.total(torch.cat([*(part.sum(0, dtype=torch.float64) for part in parts), further]))
+    sums, further = total.split([sum(widths), v + 1])
+    if batch.masked is not None:
+        sums = sums - scope.item_sums(torch.cat(parts, 1), batch.masked)
+    *vectors, of_log_q, count = sums.split(widths, -1)
+    ways = []
+    for i, (pair, vector) in enumerate(zip(pairs, vectors, strict=True)):
+        n = count
+        if i == 0 and batch.asked[0]:  # content_to_id
+            vector, n = vector + further[:v], count + further[v:]
+        over = _over_mean(batch, pair, vector / n.clamp(min=1), of_log_q / n.clamp(min=1))
+        ways.append(over if batch.masked is None else over * (n / (n + 1)).squeeze(1))
+    return sum(ways[1:], ways[0]) / len(ways)
+
+
+def _over_mean(batch: Batch, pair: tuple[Tensor, Tensor], mean: Tensor, of_log_q: Tensor | None) -> Tensor:
+    """``[B]``: the logit of each anchor with its other less that with ``mean``, ``[B, V]`` or ``[V]``.
+
+    ``of_log_q`` is the mean ``log_q`` that goes with it, ``[B, 1]`` or ``[1]``.
+    """
+    anchors, others = pair
+    over = batch.scale * (anchors * (others - mean.to(others.dtype))).sum(-1, dtype=torch.float64)
+    return over if batch.log_q is None or of_log_q is None else over - (batch.log_q - of_log_q.squeeze(-1))
 
 
 def unit(rows: Tensor) -> Tensor:

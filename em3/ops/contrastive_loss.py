@@ -8,22 +8,21 @@ import torch
 from torch import Tensor
 
 from . import _checks, _dispatch
+from . import _contrastive_checks as check
 from . import _contrastive_terms as terms
 from ._contrastive_scope import Alone, Scope, Shared
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-DUPLICATES = ("mask", "positive", "keep")
-REDUCTIONS = ("mean", "sum", "none")
-
 
 def contrastive_loss(content: Tensor, ids_embedding: Tensor, *, item_ids: Tensor | None = None,
-                     duplicates: str = "mask", logit_scale: float | Tensor, log_q: Tensor | None = None,
-                     weight: Tensor | None = None, negatives: Tensor | None = None, direction: str = "both",
+                     duplicates: str = "mask", logit_scale: float | Tensor, logit_bias: float | Tensor | None = None,
+                     log_q: Tensor | None = None, weight: Tensor | None = None, negatives: Tensor | None = None,
+                     kind: str = "infonce", label_smoothing: float = 0.0, direction: str = "both",
                      reduction: str = "mean", normalize: bool = True, group: ProcessGroup | None = None,
                      backend: str | None = None) -> Tensor:  # fmt: skip
-    """In-batch InfoNCE between the content and the ID embedding of each item, in memory linear in ``B``.
+    """In-batch contrast between the content and the ID embedding of each item, in memory linear in ``B``.
 
     With ``x`` and ``y`` the rows of ``content`` and ``ids_embedding``, each divided by its length if ``normalize``,
     and the corrected logit of a candidate ``L_ij = logit_scale * x_i . y_j - log_q_j``::
@@ -40,6 +39,22 @@ def contrastive_loss(content: Tensor, ids_embedding: Tensor, *, item_ids: Tensor
     - ``"keep"``: negatives like any other row; ``item_ids`` then make no difference.
 
     Without ``item_ids`` every row is an item of its own, and ``"positive"`` is an error.
+
+    ``label_smoothing`` = ``e`` moves the share ``e`` of the target from the positives to all candidates alike:
+    ``loss_i = logsumexp_j L_ij - (1 - e) (mean over positives p of L_ip) - e (mean over candidates j of L_ij)``, which is
+    torch's ``cross_entropy`` with that smoothing over the row's candidates. The positive itself is one of them, and so is
+    every extra negative; duplicates that are masked are none and get no share.
+
+    ``kind="sigmoid"`` is SigLIP's loss: each pair is told for itself to be of one item or not, by the logit
+    ``L_ij = logit_scale * x_i . y_j + logit_bias - log_q_j``::
+
+        content_to_id:  loss_i = softplus(-L_ii) + sum_j softplus(L_ij)    j over the other candidates
+        id_to_content:  the same with L'_ij
+        both:           the average of the two, whose mean over the batch is SigLIP's
+
+    Masked duplicates are no pairs; with ``"positive"`` their pairs are positive too and each adds ``softplus(-L_ip)``.
+    Extra negatives are pairs of ``content_to_id``, and so count half under ``"both"``. With ``log_q``, which the two
+    directions take from different sides, this is noise-contrastive estimation, whose number of negatives is in the bias.
 
     ``log_q`` is the logarithm of the probability with which the sampler puts each item into the batch. Subtracting it,
     from the positive's logit too, makes in-batch negatives stand for the whole catalogue (sampled softmax). Extra
@@ -66,9 +81,13 @@ def contrastive_loss(content: Tensor, ids_embedding: Tensor, *, item_ids: Tensor
         duplicates: ``"mask"``, ``"positive"`` or ``"keep"``.
         logit_scale: the factor of the similarities (the inverse of the temperature): a number, or a floating-point
             tensor with one element.
+        logit_bias: what is added to every logit of ``kind="sigmoid"``, for which it must be given: a number, or a
+            floating-point tensor with one element. SigLIP's starts at -10, its ``logit_scale`` at 10.
         log_q: ``[B]`` or None.
         weight: ``[B]`` or None: a factor ``w_i >= 0`` of each row's loss.
         negatives: ``[K, V]`` or None: further ID embeddings that ``content_to_id`` contrasts with.
+        kind: ``"infonce"`` or ``"sigmoid"``; the latter has the torch backend alone.
+        label_smoothing: from 0 to 1, of ``kind="infonce"``.
         direction: ``"both"``, ``"content_to_id"`` or ``"id_to_content"``.
         reduction: ``"mean"`` = ``sum(w l) / sum(w)`` (0 if that sum is 0), ``"sum"`` = ``sum(w l)``, ``"none"`` = ``w l``.
         normalize: whether similarities are cosines.
@@ -87,102 +106,74 @@ def contrastive_loss(content: Tensor, ids_embedding: Tensor, *, item_ids: Tensor
 
     Sources: InfoNCE (van den Oord et al., arXiv 1807.03748), its symmetric form (CLIP, arXiv 2103.00020, figure 3),
     several positives (SupCon, arXiv 2004.11362, equation 2), logQ (Bengio and Senecal, "Adaptive Importance Sampling",
-    2008; Yi et al., "Sampling-Bias-Corrected Neural Modeling", RecSys 2019). EM3's task: arXiv 2404.06078.
+    2008; Yi et al., "Sampling-Bias-Corrected Neural Modeling", RecSys 2019), label smoothing (Szegedy et al., arXiv
+    1512.00567, section 7), sigmoid (SigLIP, arXiv 2303.15343, section 3.2; with log_q: Gutmann and Hyvarinen,
+    "Noise-Contrastive Estimation", 2010). EM3's task: arXiv 2404.06078.
     """
     dtype = content.dtype
     if _checks.autocast_is_on(content.device):
         # A bf16 logit near 100 is off by 0.25: nothing is cast down here, half inputs are cast up.
-        content, ids_embedding, negatives = (_widened(t, content) for t in (content, ids_embedding, negatives))
+        content, ids_embedding, negatives = (widened(t, content) for t in (content, ids_embedding, negatives))
         dtype = content.dtype
-    _check(content, ids_embedding, item_ids, logit_scale, log_q, weight, negatives)
-    _check_options(item_ids is not None, negatives is not None, duplicates, direction, reduction)
-    if group is not None:
-        _check_group(group)
-        item_ids = None if item_ids is None else item_ids.long()
-
-    x, y = _widened(content, content), _widened(ids_embedding, content)  # [B, V]
-    extra, log_q, weight = (_widened(t, content) for t in (negatives, log_q, weight))
-    # In float64, for its gradient is a sum of large terms of either sign, to be rounded once, at its end.
-    if isinstance(logit_scale, Tensor):
-        scale = logit_scale.to(torch.float64).view(())
-    else:
-        scale = x.new_full((), logit_scale, dtype=torch.float64)
-    if normalize:
-        x, y, extra = terms.unit(x), terms.unit(y), None if extra is None else terms.unit(extra)
-    batch = terms.Batch(x, y, extra, scale, item_ids, log_q, duplicates, direction)
+    check.tensors(content, ids_embedding, item_ids, logit_scale, logit_bias, log_q, weight, negatives)
+    check.options(item_ids is not None, negatives is not None, duplicates, direction)
+    check.kind_options(kind, logit_bias, label_smoothing)
+    _checks.one_of(reduction, check.REDUCTIONS, "reduction")
+    batch = prepared(
+        content, ids_embedding, item_ids, logit_scale, logit_bias, log_q, negatives, duplicates, direction, kind,
+        label_smoothing, normalize,
+    )  # fmt: skip
+    weight = widened(weight, content)
     scope: Scope = Alone(content.shape[0])
     if group is not None:
-        options = dict(duplicates=duplicates, direction=direction, reduction=reduction, normalize=normalize)
-        scope = _shared(group, batch, weight, options)
-    loss = terms.infonce(batch, scope, _dispatch.requested(backend))
+        options = dict(duplicates=duplicates, kind=kind, label_smoothing=label_smoothing, direction=direction,
+                       reduction=reduction, normalize=normalize)  # fmt: skip
+        batch, scope = shared(group, batch, weight, options)
+    loss = terms.losses(batch, scope, _dispatch.requested(backend))
     return terms.reduced(loss, weight, reduction, scope).to(dtype)
 
 
-def _shared(group: Any, batch: terms.Batch, weight: Tensor | None, options: dict[str, Any]) -> Shared:
-    """The sizes of all ranks; those whose calls would not meet in the ring are told so before it begins."""
+def prepared(content: Tensor, ids_embedding: Tensor, item_ids: Tensor | None, logit_scale: float | Tensor,
+             logit_bias: float | Tensor | None, log_q: Tensor | None, negatives: Tensor | None, duplicates: str,
+             direction: str, kind: str, label_smoothing: float, normalize: bool) -> terms.Batch:  # fmt: skip
+    """What is contrasted, from checked arguments: widened and normalised."""
+    x, y = widened(content, content), widened(ids_embedding, content)  # [B, V]
+    extra, log_q = widened(negatives, content), widened(log_q, content)
+    if normalize:
+        x, y, extra = terms.unit(x), terms.unit(y), None if extra is None else terms.unit(extra)
+    scale, bias = _number(logit_scale, x), None if logit_bias is None else _number(logit_bias, x)
+    return terms.Batch(x, y, extra, scale, bias, item_ids, log_q, duplicates, direction, kind, label_smoothing)
+
+
+def _number(given: float | Tensor, like: Tensor) -> Tensor:
+    """In float64, for its gradient is a sum of large terms of either sign, to be rounded once, at its end."""
+    if isinstance(given, Tensor):
+        return given.to(torch.float64).view(())
+    return like.new_full((), given, dtype=torch.float64)
+
+
+def shared(group: Any, batch: terms.Batch, weight: Tensor | None, options: dict[str, Any]) -> tuple[terms.Batch, Shared]:
+    """The batch among those of all ranks; ranks whose calls would not meet in the ring are told so before it begins."""
+    check.process_group(group)
+    batch = batch._replace(item_ids=None if batch.item_ids is None else batch.item_ids.long())
     words = [f"{name}={value!r}" for name, value in options.items()] + [f"embeddings in {batch.x.dtype}"]
     for name, tensor in dict(item_ids=batch.item_ids, log_q=batch.log_q, weight=weight).items():
         words.append(f"{name}, {'not given' if tensor is None else 'given'},")
     takers: dict[str, list[Tensor | None]] = {
-        "content": [batch.x], "ids_embedding or negatives": [batch.y, batch.extra], "logit_scale": [batch.scale],
-        "log_q": [batch.log_q], "weight": [weight],
+        "content": [batch.x], "ids_embedding": [batch.y], "ids_embedding or negatives": [batch.y, batch.extra],
+        "logit_scale": [batch.scale], "logit_bias": [batch.bias], "log_q": [batch.log_q], "weight": [weight],
     }  # fmt: skip
     for name, several in takers.items():
         gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in several)
         words.append(f"{name} with{'' if gradient else 'out'} a gradient")
     b, v = batch.x.shape
     extra = 0 if batch.extra is None else batch.extra.shape[0]
-    return Shared(torch.ops.em3.ring_sizes(batch.x, [b, extra, v], words, group.group_name), group.group_name)
+    sizes = torch.ops.em3.ring_sizes(batch.x, [b, extra, v], words, group.group_name)
+    return batch, Shared(sizes, group.group_name)
 
 
-def _widened(tensor: Tensor | None, like: Tensor) -> Any:
+def widened(tensor: Tensor | None, like: Tensor) -> Any:
+    """In the dtype that is computed in with ``like``: float32, or float64."""
     return None if tensor is None else tensor.to(torch.float64 if like.dtype == torch.float64 else torch.float32)
 
 
-def _check(content: Tensor, ids_embedding: Tensor, item_ids: Tensor | None, logit_scale: float | Tensor,
-           log_q: Tensor | None, weight: Tensor | None, negatives: Tensor | None) -> None:  # fmt: skip
-    _checks.shape(content, ["B", "V"], "content")
-    b, v = content.shape
-    _checks.shape(ids_embedding, [b, v], "ids_embedding")
-    if negatives is not None:
-        _checks.shape(negatives, ["K", v], "negatives")
-    _checks.same_device_and_dtype("content", content, {"ids_embedding": ids_embedding, "negatives": negatives})
-    if item_ids is not None:
-        _checks.shape(item_ids, [b], "item_ids")
-        if item_ids.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"item_ids: was {item_ids.dtype}, must be torch.int64 or torch.int32")
-    numbers = {"log_q": log_q, "weight": weight}
-    for name, tensor in numbers.items():
-        if tensor is not None:
-            _checks.shape(tensor, [b], name)
-    if isinstance(logit_scale, Tensor):
-        if logit_scale.numel() != 1:
-            raise ValueError(f"logit_scale: was {list(logit_scale.shape)}, must be a number or a tensor with one element")
-        numbers["logit_scale"] = logit_scale
-    elif not isinstance(logit_scale, (int, float)):
-        raise ValueError(f"logit_scale: was {type(logit_scale).__name__}, must be a number or a tensor with one element")
-    for name, tensor in numbers.items():
-        if tensor is not None and not tensor.is_floating_point():
-            raise ValueError(f"{name}: was {tensor.dtype}, must be of a floating-point dtype")
-    _checks.same_device("content", content, numbers | {"item_ids": item_ids})
-
-
-def _check_group(group: Any) -> None:
-    if not torch.distributed.is_available() or not isinstance(group, torch.distributed.ProcessGroup):
-        raise ValueError(
-            f"group: was {type(group).__name__}, must be a torch.distributed.ProcessGroup that this process belongs to, such as "
-            "torch.distributed.group.WORLD after init_process_group"
-        )
-
-
-def _check_options(has_ids: bool, has_negatives: bool, duplicates: str, direction: str, reduction: str) -> None:
-    _checks.one_of(duplicates, DUPLICATES, "duplicates")
-    _checks.one_of(direction, terms.DIRECTIONS, "direction")
-    _checks.one_of(reduction, REDUCTIONS, "reduction")
-    if duplicates == "positive" and not has_ids:
-        raise ValueError("item_ids: was None, must be given for duplicates='positive', which asks which rows are one item")
-    if has_negatives and direction == "id_to_content":
-        raise ValueError(
-            "negatives: were given with direction='id_to_content', which contrasts with content rows and would ignore "
-            "these ID embeddings; must be None, or use direction='both' or 'content_to_id'"
-        )

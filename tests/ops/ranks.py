@@ -136,7 +136,7 @@ class _Spread(torch.autograd.Function):
             upstream = [g / len(ctx.sizes) for g in upstream]
         grads = ctx.ranks.run(backward, [(g,) for g in upstream])
         names = [name for name, value in ctx.args.items() if oracle.leaves(value)]
-        joined = [sum(parts) if name == "logit_scale" else torch.cat(parts) for name, parts in zip(names, zip(*grads, strict=True), strict=True)]
+        joined = [sum(parts) if name.startswith("logit_") else torch.cat(parts) for name, parts in zip(names, zip(*grads, strict=True), strict=True)]
         return None, None, None, None, *joined
 
 

@@ -24,8 +24,8 @@ def op(backend: str) -> Any:
 
 
 def make(b: int, v: int, *, k: int = 0, ids: int | None = None, log_q: bool = False, weight: bool = False,
-         scale: float = 7.0, **options: Any) -> dict[str, Any]:  # fmt: skip
-    """Random arguments; ``ids`` is the number of different items to draw from."""
+         scale: float = 7.0, bias: float = -2.0, **options: Any) -> dict[str, Any]:  # fmt: skip
+    """Random arguments; ``ids`` is the number of different items to draw from, ``bias`` of the kind "sigmoid"."""
 
     def rand(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, dtype=torch.float64).requires_grad_()
@@ -33,6 +33,8 @@ def make(b: int, v: int, *, k: int = 0, ids: int | None = None, log_q: bool = Fa
     args = dict(content=rand(b, v), ids_embedding=rand(b, v), logit_scale=torch.tensor(scale).double().requires_grad_())
     if not options.get("normalize", True):
         args["logit_scale"] = torch.tensor(scale / v).double().requires_grad_()
+    if options.get("kind") == "sigmoid":
+        args["logit_bias"] = torch.tensor(bias).double().requires_grad_()
     if k:
         args["negatives"] = rand(k, v)
     if ids is not None:
@@ -45,7 +47,7 @@ def make(b: int, v: int, *, k: int = 0, ids: int | None = None, log_q: bool = Fa
 
 
 @st.composite
-def cases(draw: st.DrawFn, sizes: tuple[int, ...]) -> dict[str, Any]:
+def cases(draw: st.DrawFn, sizes: tuple[int, ...], kind: str = "infonce") -> dict[str, Any]:
     direction = draw(st.sampled_from(["both", "content_to_id", "id_to_content"]))
     ids = draw(st.sampled_from([None, 1, 3, 1000]))
     return dict(
@@ -53,7 +55,8 @@ def cases(draw: st.DrawFn, sizes: tuple[int, ...]) -> dict[str, Any]:
         k=0 if direction == "id_to_content" else draw(st.sampled_from([0, 1, 5])),
         duplicates=draw(st.sampled_from(["mask", "keep"] + ["positive"] * (ids is not None))),
         reduction=draw(st.sampled_from(["mean", "sum", "none"])), normalize=draw(st.booleans()),
-        log_q=draw(st.booleans()), weight=draw(st.booleans()), scale=draw(st.sampled_from([1.0, 7.0])),
+        log_q=draw(st.booleans()), weight=draw(st.booleans()), scale=draw(st.sampled_from([1.0, 7.0])), kind=kind,
+        label_smoothing=draw(st.sampled_from([0.0, 0.0, 0.1, 1.0])) if kind == "infonce" else 0.0,
     )  # fmt: skip
 
 
@@ -76,12 +79,66 @@ def test_matches_the_reference(backend, tile, largest, dtype, seed, monkeypatch)
     check()
 
 
+@pytest.mark.parametrize("tile", [(4, 3), None], ids=["many tiles", "one tile"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_sigmoid_matches_the_reference(tile, dtype, seed, monkeypatch):
+    if tile:
+        monkeypatch.setattr(tiled, "TILE", tile)
+
+    @settings(max_examples=60)
+    @given(case=cases((1, 2, 3, 9, 17), "sigmoid"), bias=st.sampled_from([-10.0, 0.0, 3.0]), salt=st.integers(0, 2**31))
+    def check(case, bias, salt):
+        torch.manual_seed(seed ^ salt)
+        oracle.check(op("torch"), reference.contrastive_loss, make(**case, bias=bias), dtype, salt)
+
+    check()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", oracle.HALF, ids=str)
 @pytest.mark.parametrize("duplicates", ["mask", "positive", "keep"])
 def test_half_types(backend, dtype, duplicates):
-    args = make(64, 32, ids=20, log_q=True, weight=True, duplicates=duplicates)
+    args = make(64, 32, ids=20, log_q=True, weight=True, duplicates=duplicates, label_smoothing=0.1)
     oracle.check(op(backend), reference.contrastive_loss, args, dtype)
+
+
+@pytest.mark.parametrize("dtype", oracle.HALF, ids=str)
+def test_sigmoid_in_half_types(dtype):
+    oracle.check(op("torch"), reference.contrastive_loss, make(64, 32, ids=20, log_q=True, kind="sigmoid"), dtype)
+
+
+def test_label_smoothing_is_that_of_cross_entropy():
+    args = make(9, 5, k=3, log_q=True)
+    content, ids, negatives = args["content"], args["ids_embedding"], args["negatives"]
+    unit = torch.nn.functional.normalize
+    logits = args["logit_scale"] * unit(content) @ unit(torch.cat([ids, negatives])).T
+    logits = logits - torch.cat([args["log_q"], torch.zeros(3)])
+    want = torch.nn.functional.cross_entropy(logits, torch.arange(9), label_smoothing=0.3)
+    got = em3.ops.contrastive_loss(**args, direction="content_to_id", label_smoothing=0.3)
+    torch.testing.assert_close(got, want)
+
+
+def test_label_smoothing_leaves_masked_duplicates_out():
+    """Of two rows of an item and one of another, each of the two has two candidates."""
+    x, y = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    logits = 2 * x @ y.T
+    pairs = torch.stack([logits[0, [0, 2]], logits[1, [1, 2]]])
+    want = torch.nn.functional.cross_entropy(pairs, torch.zeros(2, dtype=torch.long), reduction="none", label_smoothing=0.2)
+    got = em3.ops.contrastive_loss(
+        x, y, item_ids=torch.tensor([5, 5, 8]), logit_scale=2.0, normalize=False, direction="content_to_id",
+        reduction="none", label_smoothing=0.2,
+    )  # fmt: skip
+    torch.testing.assert_close(got[:2], want)
+
+
+def test_sigmoid_is_siglips():
+    """Algorithm 1 of arXiv 2303.15343."""
+    x, y, t, b = torch.randn(7, 4), torch.randn(7, 4), torch.tensor(2.0), torch.tensor(-10.0)
+    zimg, ztxt = torch.nn.functional.normalize(x), torch.nn.functional.normalize(y)
+    logits = zimg @ ztxt.T * t.exp() + b
+    labels = 2 * torch.eye(7) - torch.ones(7, 7)
+    want = -torch.sum(torch.nn.functional.logsigmoid(labels * logits)) / 7
+    torch.testing.assert_close(em3.ops.contrastive_loss(x, y, logit_scale=t.exp(), logit_bias=b, kind="sigmoid"), want)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -91,13 +148,30 @@ def test_gradcheck(backend, duplicates, largest, monkeypatch):
     oracle.skip_unless_served(backend, torch.float64)
     monkeypatch.setattr(tiled, "TILE", (2, 3))
     monkeypatch.setattr(tiled, "LARGEST_LOGIT", largest)
-    oracle.gradcheck(op(backend), make(5, 3, k=2, ids=3, log_q=True, weight=True, duplicates=duplicates, reduction="none"))
+    args = make(5, 3, k=2, ids=3, log_q=True, weight=True, duplicates=duplicates, reduction="none", label_smoothing=0.2)
+    oracle.gradcheck(op(backend), args)
+
+
+@pytest.mark.parametrize("duplicates", ["mask", "positive"])
+@pytest.mark.parametrize("log_q", [False, True])
+def test_gradcheck_of_sigmoid(duplicates, log_q, monkeypatch):
+    monkeypatch.setattr(tiled, "TILE", (2, 3))
+    args = make(5, 3, k=2, ids=3, log_q=log_q, weight=True, duplicates=duplicates, reduction="none", kind="sigmoid")
+    oracle.gradcheck(op("torch"), args)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_several_real_tiles(backend):
     b = max(tiled.TILE) + 37
-    oracle.check(op(backend), reference.contrastive_loss, make(b, 16, ids=b // 2, log_q=True, weight=True), torch.float32)
+    args = make(b, 16, ids=b // 2, log_q=True, weight=True, label_smoothing=0.1)
+    oracle.check(op(backend), reference.contrastive_loss, args, torch.float32)
+
+
+def test_several_real_tiles_of_sigmoid():
+    b = max(tiled.TILE) + 37
+    for log_q in (False, True):
+        args = make(b, 16, ids=b // 2, log_q=log_q, weight=True, kind="sigmoid")
+        oracle.check(op("torch"), reference.contrastive_loss, args, torch.float32)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -107,6 +181,11 @@ def test_nothing_to_contrast(backend, reduction):
     out, *grads = oracle.run(op(backend), empty, 0)
     assert not out.any()
     assert not any(g.any() for g in grads)
+    for options in (dict(label_smoothing=0.2), dict(kind="sigmoid")):
+        empty = oracle.convert(make(0, 4, k=2, log_q=True, reduction=reduction, **options), torch.float32)
+        out, *grads = oracle.run(op("auto"), empty, 0)
+        assert not out.any()
+        assert not any(g.any() for g in grads)
     alone = oracle.convert(make(6, 4, ids=1, reduction=reduction), torch.float32)  # every other row is masked
     out, *grads = oracle.run(op(backend), alone, 0)
     assert not out.any()
@@ -134,6 +213,22 @@ def test_hard_inputs(backend, kind):
             assert oracle.relative_error(g, w, 1e-2) < 1e-4
 
 
+@pytest.mark.parametrize("kind", ["zero vectors", "identical rows", "scale 100", "scale 100, bias 100"])
+def test_hard_inputs_of_sigmoid(kind):
+    args = make(40, 8, scale=100.0 if "scale" in kind else 7.0, bias=100.0 if "bias" in kind else -10.0, kind="sigmoid")
+    with torch.no_grad():
+        if kind == "zero vectors":
+            args["content"][3:9] = 0
+            args["ids_embedding"][5:12] = 0
+        if kind == "identical rows":
+            args["content"][:] = args["content"][0].clone()
+    out, *grads = oracle.run(op("torch"), oracle.convert(args, torch.float32), 0)
+    want, *want_grads = oracle.run(reference.contrastive_loss, args, 0)
+    torch.testing.assert_close(out.double(), want, rtol=1e-4, atol=1e-4)
+    for g, w in zip(grads, want_grads, strict=True):
+        assert oracle.relative_error(g, w, 1e-2) < 1e-4
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_log_q_is_subtracted_from_every_candidate(backend):
     x = torch.eye(2)
@@ -154,9 +249,13 @@ def test_strides_and_same_bits(backend):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_torch_compile_fullgraph_and_autocast(backend):
-    args = oracle.convert(make(20, 8, k=3, ids=9, log_q=True, weight=True, duplicates="positive"), torch.float32)
+@pytest.mark.parametrize(("backend", "options"), [
+    *(pytest.param(*backend.values, options, marks=backend.marks)
+      for backend in BACKENDS for options in (dict(duplicates="positive"), dict(label_smoothing=0.1))),
+    ("torch", dict(kind="sigmoid")),
+])  # fmt: skip
+def test_torch_compile_fullgraph_and_autocast(backend, options):
+    args = oracle.convert(make(20, 8, k=3, ids=9, log_q=True, weight=True, **options), torch.float32)
     torch._dynamo.reset()
     compiled = torch.compile(op(backend), fullgraph=True, backend="aot_eager")
     for a, b in zip(oracle.run(op(backend), args, 0), oracle.run(compiled, args, 0), strict=True):
@@ -183,16 +282,35 @@ def test_opcheck(backend, duplicates):
         torch.library.opcheck(torch.ops.em3.contrastive_loss_backward, back)
 
 
-def test_second_order_gradients_are_an_error():
-    args = make(6, 4)
+@pytest.mark.parametrize("with_offset", [False, True])
+@pytest.mark.parametrize("positive", [False, True])
+def test_opcheck_of_sigmoid(with_offset, positive):
+    x, y = torch.randn(6, 4, requires_grad=True), torch.randn(8, 4, requires_grad=True)
+    scale, bias = (torch.tensor(n, dtype=torch.float64, requires_grad=True) for n in (3.0, -2.0))
+    offset = torch.randn(8, requires_grad=True) if with_offset else None
+    ids = torch.tensor([0, 1, 0, 2, 3, 1])
+    args = (x, y, scale, bias, ids, offset, True, True, positive, "torch")
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.em3.contrastive_sigmoid, args, test_utils=tests)
+    inputs = [None if t is None else t.detach() for t in args[:6]]
+    for need in ([1, 1, 1, 1, with_offset], [1, 0, 0, 0, 0], [1, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 1, 0, 0, 0], [0] * 5):
+        back = (torch.randn(6), torch.randn(6), *inputs, [bool(n) for n in need], positive, "torch")
+        torch.library.opcheck(torch.ops.em3.contrastive_sigmoid_backward, back)
+
+
+@pytest.mark.parametrize("kind", ["infonce", "sigmoid"])
+def test_second_order_gradients_are_an_error(kind):
+    args = make(6, 4, kind=kind)
     first = torch.autograd.grad(em3.ops.contrastive_loss(**args), oracle.leaves(args), create_graph=True)
-    with pytest.raises(RuntimeError, match="contrastive_loss has no second-order gradients"):
+    with pytest.raises(RuntimeError, match=r"contrastive_(loss|sigmoid) has no second-order gradients"):
         torch.autograd.grad(first[0].sum(), args["content"])
 
 
-@pytest.mark.parametrize("duplicates", ["mask", "positive"])
-def test_shapes_without_data(duplicates):
-    args = make(6, 4, k=2, ids=3, log_q=True, weight=True, duplicates=duplicates)
+@pytest.mark.parametrize("options", [
+    dict(duplicates="mask", label_smoothing=0.1), dict(duplicates="positive"), dict(kind="sigmoid"),
+])  # fmt: skip
+def test_shapes_without_data(options):
+    args = make(6, 4, k=2, ids=3, log_q=True, weight=True, **options)
     args = oracle.moved(oracle.convert(args, torch.float32), "meta")
     out, *grads = oracle.run(op("auto"), args, 0)
     assert out.is_meta
@@ -226,6 +344,13 @@ def messages() -> dict[str, tuple[dict[str, Any], str]]:
         "negatives way": (dict(negatives=f(2, 4), direction="id_to_content"), r"negatives: were given with direction='id_to_content'"),
         "duplicates": (dict(duplicates="drop"), r"duplicates: was 'drop', must be one of 'mask', 'positive', 'keep'"),
         "positive": (dict(duplicates="positive"), r"item_ids: was None, must be given for duplicates='positive'"),
+        "kind": (dict(kind="siglip"), r"kind: was 'siglip', must be one of 'infonce', 'sigmoid'"),
+        "bias": (dict(logit_bias=1.0), r"logit_bias: was given with kind='infonce', where it cancels out"),
+        "no bias": (dict(kind="sigmoid"), r"logit_bias: was None, must be a number or a tensor with one element for kind="),
+        "bias shape": (dict(kind="sigmoid", logit_bias=f(2)), r"logit_bias: was \[2\], must be a number or a tensor with one"),
+        "bias dtype": (dict(kind="sigmoid", logit_bias=torch.tensor(2)), r"logit_bias: was torch.int64, must be of a floating"),
+        "smoothing": (dict(label_smoothing=1.5), r"label_smoothing: was 1.5, must be from 0 to 1"),
+        "smooth pairs": (dict(kind="sigmoid", logit_bias=1.0, label_smoothing=0.1), r"label_smoothing: was 0.1 with kind='sigmoid'"),
         "direction": (dict(direction="up"), r"direction: was 'up', must be one of 'both'"),
         "reduction": (dict(reduction="max"), r"reduction: was 'max', must be one of 'mean'"),
     }  # fmt: skip
@@ -238,3 +363,9 @@ def test_error_messages(case):
     em3.ops.contrastive_loss(**good)
     with pytest.raises(ValueError, match=message):
         em3.ops.contrastive_loss(**good | changed)
+
+
+def test_sigmoid_has_the_torch_backend_alone():
+    x = torch.randn(3, 4)
+    with pytest.raises(em3.BackendError, match=r"backend 'cpp' of contrastive_loss serves kind='infonce' only; use backend='auto'"):
+        em3.ops.contrastive_loss(x, x, logit_scale=2.0, logit_bias=-1.0, kind="sigmoid", backend="cpp")

@@ -19,6 +19,7 @@ from em3 import reference
 from em3.backends.torch import contrastive_loss as tiled
 from em3.ops import _dispatch
 from tests import oracle
+from tests.ops import test_contrastive_metrics as metrics
 from tests.ops.ranks import Ranks, spread
 from tests.ops.test_contrastive_loss import BACKENDS, SUMS, cases, make
 
@@ -55,6 +56,46 @@ def test_is_the_loss_of_the_concatenated_batch(backend, dtype, ranks, seed):
         ranks.run(_set, [((4, 3), largest)] * len(sizes))
         op = spread(ranks, sizes, extras)
         oracle.check(lambda **args: op(**args, backend=backend), reference.contrastive_loss, make(**case), dtype, salt)
+
+    check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_sigmoid_is_that_of_the_concatenated_batch(dtype, ranks, seed):
+    @settings(max_examples=40)
+    @given(case=cases((9,), "sigmoid"), shards=st.sampled_from(SHARDS), salt=st.integers(0, 2**31))
+    def check(case, shards, salt):
+        torch.manual_seed(seed ^ salt)
+        sizes, extras = shards
+        case["k"] = sum(extras) if case["k"] else 0
+        ranks.run(_set, [((4, 3), 150.0)] * len(sizes))
+        oracle.check(spread(ranks, sizes, extras), reference.contrastive_loss, make(**case), dtype, salt)
+
+    check()
+
+
+def _metrics(memory, group, args):
+    return tuple(em3.ops.contrastive_metrics(**args, group=group))
+
+
+def test_metrics_are_those_of_the_concatenated_batch(ranks, seed):
+    @settings(max_examples=30)
+    @given(case=cases((9,)), shards=st.sampled_from(SHARDS), salt=st.integers(0, 2**31))
+    def check(case, shards, salt):
+        torch.manual_seed(seed ^ salt)
+        sizes, extras = shards
+        case["k"] = sum(extras) if case["k"] else 0
+        args = metrics.arguments(case)
+        each = [{} for _ in sizes]
+        for name, value in args.items():
+            parts = [value] * len(sizes)
+            if isinstance(value, torch.Tensor) and value.dim():
+                parts = value.split(extras if name == "negatives" else sizes)
+            for mine, part in zip(each, parts, strict=True):
+                mine[name] = part
+        ranks.run(_set, [((4, 3), 150.0)] * len(sizes))
+        for got in ranks.run(_metrics, [(mine,) for mine in each]):
+            metrics.agrees(got, reference.contrastive_metrics(**args))
 
     check()
 
@@ -176,6 +217,8 @@ DIFFERENT = {
     "width": (dict(content=torch.ones(3, 4), ids_embedding=torch.ones(3, 4)), "the width 5 on rank 1 differs"),
     "duplicates": (dict(duplicates="keep"), "duplicates='mask' on rank 1 differs"),
     "direction": (dict(direction="id_to_content"), "direction='both' on rank 1 differs"),
+    "kind": (dict(kind="sigmoid", logit_bias=-1.0), "kind='infonce' on rank 1 differs"),
+    "label_smoothing": (dict(label_smoothing=0.1), "label_smoothing=0.0 on rank 1 differs"),
     "weight": (dict(weight=torch.ones(3)), "weight, not given, on rank 1 differs"),
     "gradient": (dict(content=torch.ones(3, 5, requires_grad=True)), "content without a gradient on rank 1 differs"),
     "dtype": (dict(content=torch.ones(3, 5).double(), ids_embedding=torch.ones(3, 5).double()), "embeddings in torch.float32 on rank 1 differs"),

@@ -64,23 +64,23 @@ class Sheet(NamedTuple):
 
 def forward(x: Tensor, y: Tensor, scale: Tensor, item_ids: Tensor | None, offset: Tensor | None, rows: bool,
             cols: bool, apart: int | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    sheet = _arrange(x, y, scale, item_ids, offset, apart)
+    sheet = arrange(x, y, scale, item_ids, offset, apart)
     shift = _one_shift(sheet)
     if shift is not None:
         row, col = _sums(sheet, shift, rows, cols)
     if shift is None or not _in_range(sheet, shift, row, col):
         row, col = _logsumexps(sheet, rows, cols)
-    return _restored(sheet.x, row) if rows else row, _restored(sheet.y, col) if cols else col
+    return restored(sheet.x, row) if rows else row, restored(sheet.y, col) if cols else col
 
 
 def backward(drow: Tensor | None, dcol: Tensor | None, x: Tensor, y: Tensor, scale: Tensor, item_ids: Tensor | None,
              offset: Tensor | None, row: Tensor, col: Tensor, need: list[bool], apart: int | None = None,
              ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients to ``x, y, scale, offset``; an empty tensor for each that ``need`` leaves out."""
-    sheet = _arrange(x, y, scale, item_ids, offset, apart)
-    row, col = _arranged(sheet.x, row), _arranged(sheet.y, col)
-    drow = None if drow is None else _arranged(sheet.x, drow)
-    dcol = None if dcol is None else _arranged(sheet.y, dcol)
+    sheet = arrange(x, y, scale, item_ids, offset, apart)
+    row, col = arranged(sheet.x, row), arranged(sheet.y, col)
+    drow = None if drow is None else arranged(sheet.x, drow)
+    dcol = None if dcol is None else arranged(sheet.y, dcol)
     need_x, need_y, need_scale, need_offset = need
     to_x = torch.zeros_like(sheet.x.vectors) if need_x or need_scale else None  # [B, V]
     to_y = torch.zeros_like(sheet.y.vectors) if need_y else None  # [M, V]
@@ -88,32 +88,32 @@ def backward(drow: Tensor | None, dcol: Tensor | None, x: Tensor, y: Tensor, sca
     to_offset = tuple(x.new_zeros(side.shape[0]) for side in (x, y)) if need_offset and offset is not None else None
     shift = _one_shift(sheet)
     if shift is None or not _in_range(sheet, shift, row, col):
-        tiles = _softmaxes(sheet, drow, dcol, row, col, to_offset)
+        shares = _softmaxes(sheet, drow, dcol, row, col, to_offset)
     else:
-        tiles = _shifted_softmaxes(sheet, shift, drow, dcol, row, col, to_offset)
-    for r, c, ds in tiles:  # [r, c] of the gradient to S
+        shares = _shifted_softmaxes(sheet, shift, drow, dcol, row, col, to_offset)
+    for r, c, ds in shares:  # [r, c] of the gradient to S
         if to_x is not None:
             to_x[r].addmm_(ds, sheet.y.vectors[c])
         if to_y is not None:
             to_y[c].addmm_(ds.t(), sheet.x.vectors[r])
-    dx = x.new_empty(0) if to_x is None else _restored(sheet.x, to_x)
+    dx = x.new_empty(0) if to_x is None else restored(sheet.x, to_x)
     # S = scale x y^T, so the gradient to the scale is that to S summed against x y^T, row by row.
     dscale = (dx * x).sum(dtype=scale.dtype) if need_scale else x.new_empty(0)
     dx = dx.mul_(scale) if need_x else x.new_empty(0)
     # No tensor may be returned twice: an operator's outputs must not alias.
-    dy = x.new_empty(0) if to_y is None else _restored(sheet.y, to_y)
-    return dx, dy, dscale, x.new_empty(0) if to_offset is None else _of_offset(sheet, *to_offset)
+    dy = x.new_empty(0) if to_y is None else restored(sheet.y, to_y)
+    return dx, dy, dscale, x.new_empty(0) if to_offset is None else of_offset(sheet, *to_offset)
 
 
-def _of_offset(sheet: Sheet, down: Tensor, across: Tensor) -> Tensor:
+def of_offset(sheet: Sheet, down: Tensor, across: Tensor) -> Tensor:
     """The gradient in the form in which ``offset`` came."""
     if not sheet.own:
-        return torch.cat([_restored(sheet.x, down), _restored(sheet.y, across)])
+        return torch.cat([restored(sheet.x, down), restored(sheet.y, across)])
     across[: down.shape[0]] += down
-    return _restored(sheet.y, across)
+    return restored(sheet.y, across)
 
 
-def _arrange(x: Tensor, y: Tensor, scale: Tensor, item_ids: Tensor | None, offset: Tensor | None,
+def arrange(x: Tensor, y: Tensor, scale: Tensor, item_ids: Tensor | None, offset: Tensor | None,
              apart: int | None) -> Sheet:  # fmt: skip
     """Equal ids side by side, so that only tiles near the diagonal hold duplicates and have to compare ids."""
     b, own = x.shape[0], apart is None
@@ -138,12 +138,12 @@ def _side(vectors: Tensor, ids: tuple[Tensor, Tensor] | None, offset: Tensor | N
     return Side(vectors[whole], ids[0], None if offset is None else offset[whole], ids[1], anchors)
 
 
-def _arranged(side: Side, t: Tensor) -> Tensor:
+def arranged(side: Side, t: Tensor) -> Tensor:
     """``t`` in the order of the sheet; a direction that was not asked for has an empty tensor."""
     return t if side.order is None or not t.numel() else t[side.order]
 
 
-def _restored(side: Side, t: Tensor) -> Tensor:
+def restored(side: Side, t: Tensor) -> Tensor:
     """``t`` from the order of the sheet back in the caller's; extra negatives behind it stay where they are."""
     if side.order is None:
         return t
@@ -182,34 +182,46 @@ def _blocks(start: int, stop: int, step: int) -> list[slice]:
     return [slice(i, min(i + step, stop)) for i in range(start, stop, step)]
 
 
-def _tiles(sheet: Sheet) -> Iterator[tuple[slice, slice, Tensor]]:
+def tiles(sheet: Sheet) -> Iterator[tuple[slice, slice, Tensor]]:
     """``S`` tile by tile, in a buffer that the next tile overwrites. No tile spans in-batch and extra candidates."""
     b, n, m = sheet.x.anchors, sheet.y.anchors, sheet.y.vectors.shape[0]
     height, width = sheet.tile
     buffer = sheet.x.vectors.new_empty(min(height, b) * min(width, m))
     for r in _blocks(0, b, height):
         for c in _blocks(0, n, width) + _blocks(n, m, width):
-            yield r, c, torch.mm(sheet.x.vectors[r], sheet.y.vectors[c].t(), out=_part(buffer, r, c))
+            yield r, c, torch.mm(sheet.x.vectors[r], sheet.y.vectors[c].t(), out=part(buffer, r, c))
 
 
-def _part(buffer: Tensor, r: slice, c: slice) -> Tensor:
+def part(buffer: Tensor, r: slice, c: slice) -> Tensor:
     height, width = r.stop - r.start, c.stop - c.start
     return buffer[: height * width].view(height, width)
 
 
-def _exclude(sheet: Sheet, tile: Tensor, r: slice, c: slice, value: float) -> None:
+def exclude(sheet: Sheet, tile: Tensor, r: slice, c: slice, value: float) -> None:
     """Write ``value`` where a row meets itself or, with ids, its own item."""
-    if c.start >= sheet.y.anchors:
+    if sheet.x.ids is None:
+        exclude_itself(sheet, tile, r, c, value)
         return
-    if sheet.x.ids is None or sheet.y.ids is None:
-        low, high = max(r.start, c.start), min(r.stop, c.stop)
-        if sheet.own and low < high:
-            tile[low - r.start : high - r.start, low - c.start : high - c.start].diagonal().fill_(value)
-        return
+    same = same_item(sheet, r, c)
+    if same is not None:
+        tile.masked_fill_(same, value)
+
+
+def exclude_itself(sheet: Sheet, tile: Tensor, r: slice, c: slice, value: float) -> None:
+    """Write ``value`` where row i meets column i of the same batch, which extra negatives stand behind."""
+    low, high = max(r.start, c.start), min(r.stop, c.stop, sheet.x.anchors)
+    if sheet.own and low < high:
+        tile[low - r.start : high - r.start, low - c.start : high - c.start].diagonal().fill_(value)
+
+
+def same_item(sheet: Sheet, r: slice, c: slice) -> Tensor | None:
+    """``[r, c]``: where a row meets its own item; None where it is known that none does."""
+    if sheet.x.ids is None or sheet.y.ids is None or c.start >= sheet.y.anchors:
+        return None
     down, across = sheet.x.ids[r], sheet.y.ids[c]
-    apart = down.device.type == "cpu" and bool((down[-1] < across[0]) | (across[-1] < down[0]))
-    if not apart:
-        tile.masked_fill_(down[:, None] == across, value)
+    if down.device.type == "cpu" and bool((down[-1] < across[0]) | (across[-1] < down[0])):
+        return None
+    return down[:, None] == across
 
 
 def _weights(sheet: Sheet) -> tuple[Tensor | None, Tensor | None, float]:
@@ -221,11 +233,11 @@ def _weights(sheet: Sheet) -> tuple[Tensor | None, Tensor | None, float]:
 
 
 def _exponentials(sheet: Sheet, shift: float) -> Iterator[tuple[slice, slice, Tensor]]:
-    for r, c, tile in _tiles(sheet):
+    for r, c, tile in tiles(sheet):
         if shift:
             tile.sub_(shift)
         torch.exp(tile, out=tile)
-        _exclude(sheet, tile, r, c, 0.0)
+        exclude(sheet, tile, r, c, 0.0)
         yield r, c, tile
 
 
@@ -253,7 +265,7 @@ def _shifted_softmaxes(sheet: Sheet, shift: float, drow: Tensor | None, dcol: Te
         b[: sheet.y.anchors] = dcol * (shift + top - col).exp_()
     buffer = sheet.x.vectors.new_empty(min(sheet.tile[0], sheet.x.anchors) * min(sheet.tile[1], m))
     for r, c, e in _exponentials(sheet, shift):
-        factor = _part(buffer, r, c)
+        factor = part(buffer, r, c)
         if down is None or across is None:
             torch.add(a[r, None], b[c], out=factor)
         else:
@@ -269,8 +281,8 @@ def _logsumexps(sheet: Sheet, rows: bool, cols: bool) -> tuple[Tensor, Tensor]:
         side.vectors.new_full((side.anchors if asked else 0,), -torch.inf)
         for side, asked in ((sheet.x, rows), (sheet.y, cols))
     )
-    for r, c, tile in _tiles(sheet):
-        _exclude(sheet, tile, r, c, -torch.inf)
+    for r, c, tile in tiles(sheet):
+        exclude(sheet, tile, r, c, -torch.inf)
         if rows:
             row[r] = torch.logaddexp(row[r], _offset(sheet.y, tile, c).logsumexp(1))
         if cols and c.start < sheet.y.anchors:
@@ -282,8 +294,8 @@ def _softmaxes(sheet: Sheet, drow: Tensor | None, dcol: Tensor | None, row: Tens
                to_offset: tuple[Tensor, ...] | None) -> Iterator[tuple[slice, slice, Tensor]]:  # fmt: skip
     # A row without a candidate has only -inf logits: against +inf instead of -inf they give 0, not NaN.
     row, col = (t.masked_fill(t == -torch.inf, torch.inf) for t in (row, col))
-    for r, c, tile in _tiles(sheet):
-        _exclude(sheet, tile, r, c, -torch.inf)
+    for r, c, tile in tiles(sheet):
+        exclude(sheet, tile, r, c, -torch.inf)
         ds = torch.zeros_like(tile)
         if drow is not None:
             share = (_offset(sheet.y, tile, c) - row[r, None]).exp_().mul_(drow[r, None])  # [r, c]

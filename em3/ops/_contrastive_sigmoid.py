@@ -1,0 +1,85 @@
+"""The registered operator ``em3::contrastive_sigmoid``, that of ``kind="sigmoid"``: it never holds ``B x B`` numbers.
+
+With ``S = scale x y^T + bias`` and the offsets of the ``M = B + K`` candidates::
+
+    row_i = sum over j != i, j < M, of softplus(z_ij (S_ij + offset_j)),
+    col_j = sum over i != j, i < B, of softplus(z_ij (S_ij + offset_i)), for j < B,
+
+where pairs of the same item (``item_ids``) are left out, or have ``z = -1`` with ``positive``; all others have ``z = 1``.
+0 where no pair is left; empty where not asked for. x and y come in float32 or float64, scale and bias in float64.
+
+The torch backend has one argument more, ``apart``, as in ``_contrastive_operator.py``; sums over parts are added. What a
+pair loses depends on no other pair, so the backward needs none of the forward's results.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+from ..backends.torch import contrastive_sigmoid as tiled
+from . import _checks, _dispatch
+
+torch.library.define(
+    "em3::contrastive_sigmoid",
+    "(Tensor x, Tensor y, Tensor scale, Tensor bias, Tensor? item_ids, Tensor? offset, bool rows, bool cols, bool positive,"
+    " str backend) -> (Tensor row, Tensor col)",
+)
+torch.library.define(
+    "em3::contrastive_sigmoid_backward",
+    "(Tensor? drow, Tensor? dcol, Tensor x, Tensor y, Tensor scale, Tensor bias, Tensor? item_ids, Tensor? offset,"
+    " bool[] need, bool positive, str backend) -> (Tensor dx, Tensor dy, Tensor dscale, Tensor dbias, Tensor doffset)",
+)
+
+
+def served(backend: str) -> ModuleType:
+    """The one backend of this kind; another one that was asked for by name is refused."""
+    if backend not in ("auto", "torch"):
+        raise _dispatch.BackendError(
+            f"backend {backend!r} of contrastive_loss serves kind='infonce' only; use backend='auto' or 'torch' for "
+            "kind='sigmoid'"
+        )
+    return tiled
+
+
+@torch.library.impl("em3::contrastive_sigmoid", "default")
+def _forward(x, y, scale, bias, item_ids, offset, rows, cols, positive, backend):
+    with _checks.no_autocast(x.device):
+        return served(backend).forward(x, y, scale, bias, item_ids, offset, rows, cols, positive)
+
+
+@torch.library.impl("em3::contrastive_sigmoid_backward", "default")
+def _backward(drow, dcol, x, y, scale, bias, item_ids, offset, need, positive, backend):
+    with _checks.no_autocast(x.device):
+        return served(backend).backward(drow, dcol, x, y, scale, bias, item_ids, offset, need, positive)
+
+
+@torch.library.register_fake("em3::contrastive_sigmoid")
+def _forward_fake(x, y, scale, bias, item_ids, offset, rows, cols, positive, backend):
+    return x.new_empty(x.shape[0] if rows else 0), x.new_empty(x.shape[0] if cols else 0)
+
+
+@torch.library.register_fake("em3::contrastive_sigmoid_backward")
+def _backward_fake(drow, dcol, x, y, scale, bias, item_ids, offset, need, positive, backend):
+    wanted = zip((x, y, scale, bias, offset), need, strict=True)
+    return tuple(t.new_empty(t.shape) if n else x.new_empty(0) for t, n in wanted)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.rows, ctx.cols, ctx.positive, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+
+
+def _autograd(ctx, drow, dcol):
+    # A direction that was not asked for has an empty sum, and so an empty gradient.
+    drow, dcol = (None if d is None or not asked else d.contiguous() for d, asked in ((drow, ctx.rows), (dcol, ctx.cols)))
+    need = [ctx.needs_input_grad[i] for i in (0, 1, 2, 3, 5)]
+    grads = torch.ops.em3.contrastive_sigmoid_backward(drow, dcol, *ctx.saved_tensors, need, ctx.positive, ctx.backend)
+    dx, dy, dscale, dbias, doffset = (g if n else None for g, n in zip(grads, need, strict=True))
+    return dx, dy, dscale, dbias, None, doffset, None, None, None, None
+
+
+torch.library.register_autograd("em3::contrastive_sigmoid", _autograd, setup_context=_setup_context)
+_checks.no_second_order("contrastive_sigmoid")
