@@ -21,6 +21,7 @@ COMMANDS = {  # name: (module, one line for `em3 --help`)
     "train": ("em3.commands.train", "train a ranker with IDs alone, with frozen content and with EM3; write a report"),
     "evaluate": ("em3.commands.evaluate", "metrics of a run's trained models"),
     "embed": ("em3.commands.embed", "content embeddings of new items to Parquet or npy"),
+    "history": ("em3.commands.history", "what LoRA over the history buys, against its length: AUC, step time, memory"),
     "bench": ("em3.commands.bench", "what em3 gains on this machine, against what you would have instead"),
     "tune": ("em3.commands.tune", "measures what the automatic choice should take on this machine, and keeps it"),
     "env": ("em3.env", "what is installed, compiled and usable here, and why the rest is not"),

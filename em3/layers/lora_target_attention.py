@@ -20,15 +20,15 @@ class LoRATargetAttention(nn.Module):
         num_heads: ``H``; divides ``dim``.
         rank: ``R`` of the adapters on the key and value projections; 0 for none.
         alpha: their scaling is ``alpha / rank``; ``rank`` by default.
-        train_base: whether the key and value projections under the adapters are trained too. Without adapters they
-            always are.
+        train_base: whether the key and value projections under the adapters are trained too. By default they are where
+            there are no adapters; False with rank 0 leaves them as they start.
         strategy, backend: as in :func:`em3.ops.lora_target_attention`.
 
     Source: LoRA (arXiv 2106.09685) over the user's content interest, EM3 (arXiv 2404.06078).
     """
 
     def __init__(self, content_dim: int, dim: int, *, num_heads: int, rank: int = 8, alpha: float | None = None,
-                 train_base: bool = False, strategy: str = "auto", backend: str | None = None) -> None:  # fmt: skip
+                 train_base: bool | None = None, strategy: str = "auto", backend: str | None = None) -> None:  # fmt: skip
         super().__init__()
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads: was {num_heads}, must be at least 1 and divide dim {dim}")
@@ -36,7 +36,7 @@ class LoRATargetAttention(nn.Module):
             raise ValueError(f"rank: was {rank}, must be at least 1, or 0 for no adapters")
         self.num_heads, self.rank, self.strategy, self.backend = num_heads, rank, strategy, backend
         self.scaling = (rank if alpha is None else alpha) / rank if rank else 0.0
-        frozen = rank > 0 and not train_base
+        frozen = rank > 0 if train_base is None else not train_base
         self.w_q = nn.Parameter(torch.empty(dim, dim))
         self.w_k = nn.Parameter(torch.empty(dim, content_dim), requires_grad=not frozen)
         self.w_v = nn.Parameter(torch.empty(dim, content_dim), requires_grad=not frozen)

@@ -15,6 +15,7 @@ from ..layers import ContentIDContrastiveLoss, LoRATargetAttention
 from .mlp import mlp
 
 GRADIENTS = ("both", "content", "id")
+HISTORIES = ("frozen", "lora", "full")
 
 
 class Losses(NamedTuple):
@@ -23,7 +24,7 @@ class Losses(NamedTuple):
     total: Tensor
     ranking: Tensor  # binary cross entropy
     contrast: Tensor  # 0 where there is no contrast
-    content: Tensor  # [U, content_dim], of the batch's distinct items
+    content: Tensor  # [U, content_dim], of EM3.items(batch)
 
 
 class EM3(nn.Module):
@@ -38,6 +39,12 @@ class EM3(nn.Module):
     it; ``refresh`` recomputes all of it. Scoring reads targets from the bank
     too, so a new item is served as soon as it is filled in.
 
+    ``history`` says how far the ranking loss reaches into the history. With ``"lora"`` it trains adapters on the
+    projections of cached content. With ``"frozen"`` it does not: the projections of keys and values stay as they start.
+    With ``"full"`` it trains the adapters, and ``fusion`` through the history too: in a training step the content of
+    every history item is computed with gradient, each distinct item of targets and histories once, and the bank is not
+    read. Scoring always reads it.
+
     Args:
         ranker: any module with ``forward(batch, extra [B, X]) -> logits [B]`` and ``item_embedding(item_id [K]) ->
             [K, V]``, built for ``X = EM3.extra_dim(content_dim)`` further dense features.
@@ -48,7 +55,8 @@ class EM3(nn.Module):
         content_dim: width of the content embedding.
         bank_dim: width of the bank; ``content_dim`` unless ``fusion`` is None.
         num_heads: of the attention over the history.
-        rank: of the LoRA adapters on its projections; 0 trains the projections themselves.
+        rank: of the LoRA adapters on its projections; 0 trains the projections themselves. Not used by ``"frozen"``.
+        history: ``"frozen"``, ``"lora"`` or ``"full"``, which needs ``fusion``.
         id_dim: ``V``, the width of the ranker's item embedding, for the contrast; None for no contrast.
         contrast_weight: lambda.
         contrast_gradient: ``"both"``, or the side that the contrast trains: ``"content"`` or ``"id"``.
@@ -57,11 +65,15 @@ class EM3(nn.Module):
     """
 
     def __init__(self, ranker: nn.Module, fusion: nn.Module | None, *, num_items: int, content_dim: int,
-                 bank_dim: int | None = None, num_heads: int = 4, rank: int = 8, id_dim: int | None = None,
-                 contrast_weight: float = 0.1, contrast_gradient: str = "both") -> None:  # fmt: skip
+                 bank_dim: int | None = None, num_heads: int = 4, rank: int = 8, history: str = "lora",
+                 id_dim: int | None = None, contrast_weight: float = 0.1, contrast_gradient: str = "both") -> None:  # fmt: skip
         super().__init__()
         if contrast_gradient not in GRADIENTS:
             raise ValueError(f"contrast_gradient: was {contrast_gradient!r}, must be one of {', '.join(GRADIENTS)}")
+        if history not in HISTORIES:
+            raise ValueError(f"history: was {history!r}, must be one of {', '.join(HISTORIES)}")
+        if history == "full" and fusion is None:
+            raise ValueError("history: was 'full', must be 'frozen' or 'lora' for frozen features (fusion=None)")
         if fusion is not None and bank_dim not in (None, content_dim):
             raise ValueError(f"bank_dim: was {bank_dim}, must be {content_dim} like content_dim unless fusion is None")
         bank_dim = bank_dim or content_dim
@@ -69,7 +81,9 @@ class EM3(nn.Module):
         self.fusion = fusion
         self.adapt = mlp(bank_dim, (2 * content_dim,), content_dim, 0.0) if fusion is None else None
         self.norm = nn.LayerNorm(content_dim)
-        self.interest = LoRATargetAttention(bank_dim, content_dim, num_heads=num_heads, rank=rank)
+        self.history = history
+        self.interest = LoRATargetAttention(bank_dim, content_dim, num_heads=num_heads, rank=0 if history == "frozen" else rank,
+                                            train_base=False if history == "frozen" else None)  # fmt: skip
         if bank_dim == content_dim:
             self._start_as_similarity()
         self.norm_interest = nn.LayerNorm(content_dim)
@@ -98,28 +112,62 @@ class EM3(nn.Module):
             raise ValueError("streams: were given to a model of frozen features (fusion=None), whose bank is filled as it is")
         return self.norm(self.fusion(streams))
 
+    @property
+    def caches_history(self) -> bool:
+        """Whether a training step reads the history's content from the bank, which must then be kept fresh."""
+        return self.history != "full"
+
+    def items(self, batch: Batch) -> Tensor:
+        """``[U]`` int64, ascending: the items whose tokens a training step reads, ``batch.distinct`` or, with
+        ``history="full"``, those of the histories too."""
+        return batch.distinct if self.caches_history else torch.nonzero(self._named(batch))[:, 0]
+
+    def _named(self, batch: Batch) -> Tensor:
+        """``[n]`` bool: the items that are a target or stand in a history."""
+        named = torch.zeros(len(self.bank), dtype=torch.bool, device=batch.distinct.device)
+        return named.index_fill_(0, batch.distinct, True).index_fill_(0, batch.history.values(), True)
+
+    def sources(self, batch: Batch, content: Tensor) -> tuple[Tensor, Jagged, Tensor]:
+        """Where a training step finds its content, when that of ``items(batch)`` is ``content [U, C]``: the rows of
+        ``batch.distinct``, and the histories as row numbers into the last."""
+        if self.caches_history:
+            return content, batch.history, self.bank
+        place = self._named(batch).cumsum(0) - 1  # [n], of each item in `content`
+        history = Jagged(place.index_select(0, batch.history.values()), batch.history.offsets())
+        return content.index_select(0, place.index_select(0, batch.distinct)), history, content
+
     def forward(self, batch: Batch, streams: Any = None) -> tuple[Tensor, Tensor]:
-        """Logits ``[B]`` and the content embeddings of ``batch.distinct`` ``[U, content_dim]``.
+        """Logits ``[B]`` and content embeddings ``[U, content_dim]``.
 
-        ``streams`` are the tokens of ``batch.distinct``; without them the targets' content is read from the bank.
+        ``streams`` are the tokens of ``items(batch)``, whose content is returned; without them all content is read from
+        the bank, and that of ``batch.distinct`` returned.
         """
-        content = self._from_bank(batch.distinct) if streams is None else self.content(streams)
-        target = content.index_select(0, batch.inverse)  # [B, C]
-        return self.ranker(batch, self.compare(target, batch.history)), content
+        if streams is None:
+            content = self._from_bank(batch.distinct)
+            distinct, history, bank = content, batch.history, self.bank
+        else:
+            content = self.content(streams)
+            distinct, history, bank = self.sources(batch, content)
+        target = distinct.index_select(0, batch.inverse)  # [B, C]
+        return self.ranker(batch, self.compare(target, history, bank)), content
 
-    def compare(self, target: Tensor, history: Jagged) -> Tensor:
+    def compare(self, target: Tensor, history: Jagged, bank: Tensor | None = None) -> Tensor:
         """Targets' content ``c [B, C]`` and their users' histories -> dense features ``[B, extra_dim(C)]``.
+
+        A history is row numbers into ``bank [n, width of the bank]``, the model's own by default.
+
 
         They are ``[c, r, c * r, |c - r|, m, c * m, log n]`` with ``r`` normalised in the first two places, and ``n`` the
         events of the history. On MovieTweetings (ID dropout 1, 2 epochs, valid) the last four took the AUC from 0.666
         to 0.700: a network does not find out by itself that two embeddings are close. Without a history ``r`` and ``m``
         are zero.
         """
+        bank = self.bank if bank is None else bank
         ids, offsets = history.values(), history.offsets()
         length = offsets.diff()[:, None]  # [B, 1]
-        read = self.interest(target, history, self.bank)
+        read = self.interest(target, history, bank)
         interest = self.norm_interest(read) * (length > 0)  # nor is the bias of the norm an interest
-        mean = F.embedding_bag(ids, self.bank, offsets, mode="mean", include_last_offset=True)  # [B, C], 0 where none
+        mean = F.embedding_bag(ids, bank, offsets, mode="mean", include_last_offset=True)  # [B, C], 0 where none
         if self.adapt is not None:
             mean = self.adapt(mean) * (length > 0)
         count = length.clamp(min=1).to(target.dtype).log()
@@ -135,7 +183,7 @@ class EM3(nn.Module):
         ranking = F.binary_cross_entropy_with_logits(logits, batch.label.to(logits.dtype))
         if self.contrast is None:
             return Losses(ranking, ranking, ranking.new_zeros(()), content)
-        contrast = self.contrast_of(batch, content)
+        contrast = self.contrast_of(batch, content if streams is None else self.sources(batch, content)[0])
         return Losses(ranking + self.contrast_weight * contrast, ranking, contrast, content)
 
     def contrast_of(self, batch: Batch, content: Tensor) -> Tensor:
@@ -155,8 +203,8 @@ class EM3(nn.Module):
 
     @torch.no_grad()
     def write_back(self, batch: Batch, content: Tensor) -> None:
-        """Put the content of ``batch.distinct`` into the bank: after ``backward``, which still reads the old rows."""
-        self.bank.index_copy_(0, batch.distinct, content.detach().to(self.bank.dtype))
+        """Put the content of ``items(batch)`` into the bank: after ``backward``, which still reads the old rows."""
+        self.bank.index_copy_(0, self.items(batch), content.detach().to(self.bank.dtype))
 
     @torch.no_grad()
     def refresh(self, read: Callable[[Tensor], Any], rows: Tensor | None = None, chunk: int = 1024) -> None:

@@ -49,7 +49,8 @@ class WithEncoders(nn.Module):
     def __init__(self, model: EM3, tokens: LiveTokens) -> None:
         super().__init__()
         self.model, self.tokens = model, tokens
-        self.losses, self.write_back = model.losses, model.write_back
+        self.losses, self.items, self.write_back = model.losses, model.items, model.write_back
+        self.caches_history = model.caches_history
 
     def refresh(self, read: Any) -> None:
         was = self.training
@@ -108,7 +109,8 @@ def build(arm: str, config: Config, batches: Batches, token_dims: list[int], fea
         ranker, fusion, num_items=num_items - 1, content_dim=model.content_dim,
         bank_dim=sum(token_dims) if frozen else None, num_heads=model.num_heads,
         # Frozen features are no content embeddings yet: the two-stage arm learns the whole projection.
-        rank=0 if frozen or arm == "em3_no_lora" else model.rank,
+        rank=0 if frozen else model.rank,
+        history="lora" if frozen else "frozen" if arm == "em3_no_lora" else model.history,
         id_dim=None if frozen or arm == "em3_no_contrast" else model.id_dim,
         contrast_weight=model.contrast_weight, contrast_gradient=model.contrast_gradient,
     )  # fmt: skip

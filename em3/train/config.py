@@ -17,6 +17,7 @@ CHOICES = {
     "arms": ARMS,
     "model.ranker": ("din", "dcnv2"),
     "model.contrast_gradient": ("both", "content", "id"),
+    "model.history": ("frozen", "lora", "full"),
     "encoder.train": ("frozen", "lora", "last_n"),
 }
 # Numbers, and the least that they may be.
@@ -66,7 +67,10 @@ class ModelConfig:
     ffn_dim: int = 64  # of its feed-forward block
     num_layers: int = 1
     num_heads: int = 4  # H, of the Fusion-Q-Former and of the attention over the history
-    rank: int = 8  # R of the LoRA over the history
+    rank: int = 8  # R of the LoRA over the history; 0 trains the projections themselves
+    # How far the ranking loss reaches into the history: frozen: its projections stay as they start; lora: adapters on them;
+    # full: the adapters, and the Fusion-Q-Former through every history item, computed anew at every step.
+    history: str = "lora"
     contrast_weight: float = 0.05  # lambda
     contrast_gradient: str = "id"  # both | content | id
 
@@ -229,6 +233,8 @@ def _check(config: Config) -> None:
             raise ConfigError(f"{key}: was {_value(config, key)}, must be a multiple of model.num_heads {config.model.num_heads}")
     if not config.model.hidden:
         raise ConfigError("model.hidden: was [], must hold the width of at least one layer")
+    if "em3_no_lora" in config.arms and config.model.history == "frozen":
+        raise ConfigError("arms: held em3_no_lora, must not with model.history=frozen, under which the arm em3 is the same")
     if config.tokens is not None and config.encoder.train != "frozen":
         raise ConfigError(f"tokens: was {config.tokens}, must be left out with encoder.train={config.encoder.train}: "
                           "the tokens of a store are not trained")  # fmt: skip

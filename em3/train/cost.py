@@ -27,9 +27,18 @@ CLEAR = Path("/proc/self/clear_refs")  # Linux's
 def measure_costs(run: Run, progress: Callable[[int, int], None]) -> dict[str, dict[str, Any]]:
     """For each arm of the run the fields of :class:`em3.train.report.summary.Cost`."""
     trainings = {arm: run.training(arm, run.config.seeds[0]) for arm in run.config.arms}
-    times: dict[str, list[float]] = {arm: [] for arm in trainings}
+    costs = step_costs(trainings, progress)
+    for arm, training in trainings.items():
+        costs[arm]["peak_memory_mib"] = peak_memory(run.folder, arm)
+        costs[arm]["parts_ms"] = parts(training, run) if training.read is not None else {}
+    return costs
+
+
+def step_costs(trainings: dict[str, Training], progress: Callable[[int, int], None]) -> dict[str, dict[str, Any]]:
+    """The time of a step of each training, all in turns in this process."""
+    times: dict[str, list[float]] = {name: [] for name in trainings}
     for turn in range(WARM + ROUNDS):
-        for arm, training in trainings.items():
+        for name, training in trainings.items():
             batch = next(training.epoch(turn))
             if turn == 0 and training.read is not None:
                 training.model.refresh(training.read)  # type: ignore[operator]
@@ -37,17 +46,15 @@ def measure_costs(run: Run, progress: Callable[[int, int], None]) -> dict[str, d
             start = time.perf_counter()
             training.step(batch)
             if turn >= WARM:
-                times[arm].append(time.perf_counter() - start)
+                times[name].append(time.perf_counter() - start)
         progress(turn + 1, WARM + ROUNDS)
     costs: dict[str, dict[str, Any]] = {}
-    for arm, training in trainings.items():
-        p20, p50, p80 = np.percentile(times[arm], [20, 50, 80])
-        costs[arm] = {
+    for name, training in trainings.items():
+        p20, p50, p80 = np.percentile(times[name], [20, 50, 80])
+        costs[name] = {
             "step_ms_p20": p20 * 1e3, "step_ms": p50 * 1e3, "step_ms_p80": p80 * 1e3,
             # An epoch may have fewer rows than a batch.
-            "samples_per_s": min(run.config.train.batch_size, len(training.rows["train"])) / p50,
-            "peak_memory_mib": peak_memory(run.folder, arm),
-            "parts_ms": parts(training, run) if training.read is not None else {},
+            "samples_per_s": min(training.config.batch_size, len(training.rows["train"])) / p50,
         }  # fmt: skip
     return costs
 
@@ -58,25 +65,27 @@ def parts(training: Training, run: Run) -> dict[str, float]:
     read: Any = training.read
     batch = next(training.epoch(0))
     # Each part alone: gradients end at the tokens, also where encoders that are trained made them.
-    streams = [Jagged(stream.values().detach(), stream.offsets()) for stream in read(batch.distinct)]
+    items = model.items(batch)
+    streams = [Jagged(stream.values().detach(), stream.offsets()) for stream in read(items)]
     content = model.content(streams).detach().requires_grad_()
-    target = content.detach().index_select(0, batch.inverse).requires_grad_()
-    extra = model.compare(target, batch.history).detach().requires_grad_()
+    distinct, history, bank = model.sources(batch, content)
+    target = distinct.detach().index_select(0, batch.inverse).requires_grad_()
+    extra = model.compare(target, history, bank).detach().requires_grad_()
 
     def ranker() -> None:
         F.binary_cross_entropy_with_logits(model.ranker(batch, extra), batch.label).backward()
 
     def contrast() -> None:
-        model.contrast_of(batch, content).backward()
+        model.contrast_of(batch, model.sources(batch, content)[0]).backward()
 
     calls: dict[str, Callable[[], Any]] = {
-        "tokens": lambda: read(batch.distinct),
+        "tokens": lambda: read(items),
         "Fusion-Q-Former": lambda: model.content(streams).sum().backward(),
-        "history": lambda: model.compare(target, batch.history).sum().backward(),
+        "history": lambda: model.compare(target, history, bank).sum().backward(),
         "ranker": ranker,
         **({"contrast": contrast} if model.contrast is not None else {}),
         "optimizer": training.optimizer.step,
-        "bank": lambda: model.write_back(batch, content),
+        **({"bank": lambda: model.write_back(batch, content)} if model.caches_history else {}),
     }
     return {name: _median_ms(call) for name, call in calls.items()}
 

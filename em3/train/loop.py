@@ -26,6 +26,7 @@ from .metrics import evaluate
 
 log = logging.getLogger("em3.train")
 LAST, BEST, RESULT, METRICS = "last.safetensors", "best.safetensors", "result.json", "metrics.jsonl"
+PREDICTED_EVENTS = 8192 * 200
 Read = Callable[[Tensor], Sequence[Any]]
 
 
@@ -47,8 +48,8 @@ class Training:
     """Trains ``model`` and keeps the state of its best epoch by AUC on the validation rows.
 
     Args:
-        model: an :class:`em3.EM3` or anything with its ``losses``, ``forward`` and, if it reads tokens, ``refresh`` and
-            ``write_back``.
+        model: an :class:`em3.EM3` or anything with its ``losses``, ``forward`` and, if it reads tokens, ``items``,
+            ``caches_history``, ``refresh`` and ``write_back``.
         read: item numbers -> streams of their tokens; None for a model that reads none.
         folder: of this training: checkpoints, metrics.jsonl, result.json.
         about: what must agree for a checkpoint to be gone on with (the configuration).
@@ -93,9 +94,11 @@ class Training:
         return evaluate(table.label[rows], self.predict(rows), table.request[rows], table.cold[rows])
 
     @torch.no_grad()
-    def predict(self, rows: np.ndarray, chunk: int = 8192) -> np.ndarray:
+    def predict(self, rows: np.ndarray) -> np.ndarray:
         """Click probabilities of the rows, float64; the bank is taken as it is."""
         self.model.eval()
+        # Few enough rows at a time for their histories not to need more memory than those of a training step.
+        chunk = max(1, min(8192, PREDICTED_EVENTS // self.batches.history_length))
         parts = [self.model(self.batches.of(rows[i : i + chunk]))[0] for i in range(0, len(rows), chunk)]
         self.model.train()
         found = torch.cat([torch.empty(0), *parts]).double().sigmoid()
@@ -121,15 +124,16 @@ class Training:
 
     def step(self, batch: Batch) -> None:
         """One training step."""
-        model, step = self.model, self.state.step
+        model: Any = self.model
+        step = self.state.step
         for group in self.optimizer.param_groups:
             group["lr"] = group["factor"] * learning_rate(step, self.steps, self.config)
         streams = None
         if self.read is not None:
-            if step % self.config.refresh_every == 0:
-                model.refresh(self.read)  # type: ignore[operator]
-            streams = self.read(batch.distinct)
-        losses = model.losses(batch, streams)  # type: ignore[operator]
+            if model.caches_history and step % self.config.refresh_every == 0:
+                model.refresh(self.read)
+            streams = self.read(model.items(batch))
+        losses = model.losses(batch, streams)
         ranking, contrast = losses.ranking.item(), losses.contrast.item()
         if not math.isfinite(ranking + contrast):
             raise self._broken(f"the loss was not finite at step {step} (ranking {ranking}, contrast {contrast})")
@@ -139,8 +143,8 @@ class Training:
         self._check_parameters()
         if self.average is not None:
             self.average.update(step)
-        if streams is not None and self.config.write_back:
-            model.write_back(batch, losses.content)  # type: ignore[operator]
+        if streams is not None and self.config.write_back and model.caches_history:
+            model.write_back(batch, losses.content)
         self.state.step += 1
         self.state.sums[0] += ranking
         self.state.sums[1] += contrast

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import json
 import logging
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,16 +107,29 @@ class Run:
             LockedError: if another process executes a run in this folder.
             TrainingError: if a training must not go on.
         """
+        with self._at_work():
+            summary = self._summary(self._results(), self._costs(), command)
+            with atomic(self.folder / SUMMARY) as file:
+                file.write(json.dumps(summary.to_dict(), indent=1).encode())
+            return write_report(self.folder, summary)
+
+    def results(self) -> dict[str, list[dict[str, Any]]]:
+        """Train what is not trained yet; returns each arm's results, one a seed. Raises as :meth:`execute`."""
+        with self._at_work():
+            return self._results()
+
+    @contextlib.contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """The folder is this process's to write."""
         with locked(self.folder), self.warnings:
             _claim(self.folder, self.config)
             self.warnings.keep(self.folder / WARNINGS)
             for left_behind in self.folder.rglob(".*.safetensors.*.tmp"):  # by a killed process; nobody else writes these
                 left_behind.unlink()
-            results = {arm: [self.train(arm, seed) for seed in self.config.seeds] for arm in self.config.arms}
-            summary = self._summary(results, self._costs(), command)
-            with atomic(self.folder / SUMMARY) as file:
-                file.write(json.dumps(summary.to_dict(), indent=1).encode())
-            return write_report(self.folder, summary)
+            yield
+
+    def _results(self) -> dict[str, list[dict[str, Any]]]:
+        return {arm: [self.train(arm, seed) for seed in self.config.seeds] for arm in self.config.arms}
 
     def train(self, arm: str, seed: int) -> dict[str, Any]:
         training = self.training(arm, seed)

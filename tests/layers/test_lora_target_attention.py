@@ -35,6 +35,7 @@ def test_adapters_start_as_nothing():
     assert layer.lora_k_a.any()
     assert not layer.lora_k_b.any()
     assert em3.LoRATargetAttention(6, 8, num_heads=2, train_base=True).w_k.requires_grad
+    assert not em3.LoRATargetAttention(6, 8, num_heads=2, rank=0, train_base=False).w_k.requires_grad
 
 
 @pytest.mark.parametrize(("change", "message"), [({"num_heads": 3}, "num_heads: was 3"), ({"rank": -1}, "rank: was -1")])

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from em3.data.batches import Batch, Batches
+from em3.jagged import Jagged
 from em3.layers import FusionQFormer
 from em3.models import DIN, EM3
 from em3.reference import contrastive_loss
@@ -44,16 +45,16 @@ class Case:
         self.batch = self.batches.of(np.arange(40))
 
     def streams(self, batch: Batch | None = None) -> Any:
-        return self.tokens.read((batch or self.batch).distinct)
+        return self.tokens.read(self.model.items(batch or self.batch))
 
 
 def unit_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
     return (x - x.mean()) / (x.var(correction=0) + norm.eps).sqrt() * norm.weight + norm.bias
 
 
-def slow_extra(model: EM3, target: Tensor, history: list[int]) -> Tensor:
-    """The dense features of one row: ``target [C]``, catalogue numbers of its history."""
-    part, x = model.interest, model.bank[history]  # [N, width of the bank]
+def slow_extra(model: EM3, target: Tensor, history: list[int], bank: Tensor) -> Tensor:
+    """The dense features of one row: ``target [C]``, catalogue numbers of its history, content ``bank`` of the catalogue."""
+    part, x = model.interest, bank[history]  # [N, width of the bank]
     w_k, w_v = part.w_k, part.w_v
     if part.rank:
         w_k = w_k + part.scaling * part.lora_k_b @ part.lora_k_a
@@ -74,7 +75,10 @@ def slow_extra(model: EM3, target: Tensor, history: list[int]) -> Tensor:
 
 def slow_logits(case: Case, batch: Batch, from_bank: bool) -> Tensor:
     model, bounds = case.model, batch.history.offsets().tolist()
-    rows = []
+    rows, bank = [], model.bank
+    if model.history == "full" and not from_bank:  # every item's content by itself, with gradient
+        every = [model.fusion(case.tokens.read(torch.tensor([i])))[0] for i in range(len(bank))]
+        bank = torch.stack([unit_norm(row, model.norm) for row in every])
     for b, item in enumerate(batch.item.tolist()):
         if not from_bank:
             content = unit_norm(model.fusion(case.tokens.read(torch.tensor([item])))[0], model.norm)
@@ -82,21 +86,23 @@ def slow_logits(case: Case, batch: Batch, from_bank: bool) -> Tensor:
             content = model.bank[item]
         else:
             content = unit_norm(model.adapt(model.bank[item]), model.norm)
-        rows.append(slow_extra(model, content, batch.history.values()[bounds[b] : bounds[b + 1]].tolist()))
+        rows.append(slow_extra(model, content, batch.history.values()[bounds[b] : bounds[b + 1]].tolist(), bank))
     return model.ranker(batch, torch.stack(rows))
 
 
-@pytest.mark.parametrize(("fusion", "rank", "from_bank"), [
-    (True, 2, False), (True, 0, False), (True, 2, True), (False, 0, True), (False, 3, True),
+@pytest.mark.parametrize(("fusion", "rank", "from_bank", "history"), [
+    (True, 2, False, "lora"), (True, 0, False, "lora"), (True, 2, True, "lora"), (False, 0, True, "lora"),
+    (False, 3, True, "lora"), (True, 2, False, "frozen"), (False, 0, True, "frozen"), (True, 2, False, "full"),
+    (True, 0, False, "full"), (True, 2, True, "full"),
 ])  # fmt: skip
-def test_logits_row_by_row(fusion: bool, rank: int, from_bank: bool, seed: int) -> None:
-    case = Case(seed, fusion=fusion, rank=rank, contrast=fusion)
+def test_logits_row_by_row(fusion: bool, rank: int, from_bank: bool, history: str, seed: int) -> None:
+    case = Case(seed, fusion=fusion, rank=rank, contrast=fusion, history=history)
     model = case.model.eval()
     assert (case.batch.history.offsets().diff() == 0).any()
     logits, content = model(case.batch, None if from_bank else case.streams())
     want = slow_logits(case, case.batch, from_bank)
     torch.testing.assert_close(logits, want, rtol=1e-9, atol=1e-9)
-    assert content.shape == (len(case.batch.distinct), C)
+    assert content.shape == (len(case.batch.distinct if from_bank else model.items(case.batch)), C)
     trained = [p for p in model.parameters() if p.requires_grad]
     weight = torch.randn_like(logits)
     ours, theirs = (torch.autograd.grad((x * weight).sum(), trained, allow_unused=True) for x in (logits, want))
@@ -268,12 +274,34 @@ def test_frozen_features_learn_without_touching_the_bank(seed: int) -> None:
         model(case.batch, case.streams())
 
 
-def test_every_trained_parameter_of_em3_learns(seed: int) -> None:
-    case = Case(seed)
+@pytest.mark.parametrize("history", ["frozen", "lora", "full"])
+def test_every_trained_parameter_of_em3_learns(history: str, seed: int) -> None:
+    case = Case(seed, history=history)
     case.model.losses(case.batch, case.streams()).total.backward()
     without = {name for name, p in case.model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
     assert without == set()
     assert {name for name, p in case.model.named_parameters() if not p.requires_grad} == {"interest.w_k", "interest.w_v"}
+    assert any("lora" in name for name, _ in case.model.named_parameters()) == (history != "frozen")
+
+
+def test_a_full_history_reads_each_item_once_and_not_the_bank(seed: int) -> None:
+    case = Case(seed, history="full")
+    bounds, seen = torch.tensor([0, 5, 5, 9]), torch.tensor([0, 2, 3, 4, 5, 5, 0, 8, 2])
+    model, batch = case.model, dataclasses.replace(
+        case.batches.of(np.arange(3)), history=Jagged(seen, bounds), history_id=Jagged(seen + 1, bounds))  # fmt: skip
+    named = sorted({*batch.item.tolist(), *seen.tolist()})
+    assert model.items(batch).tolist() == named
+    assert len(named) > len(batch.distinct)
+    model.bank.fill_(torch.nan)
+    losses = model.losses(batch, case.streams(batch))
+    assert case.tokens.reads == [named]
+    losses.total.backward()
+    assert losses.total.isfinite()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    model.write_back(batch, losses.content)
+    assert torch.equal(model.bank[named], losses.content.detach())
+    torch.testing.assert_close(  # the contrast is of the targets alone
+        losses.contrast, model.contrast_of(batch, model.bank[batch.distinct]), rtol=1e-9, atol=1e-9)  # fmt: skip
 
 
 def test_any_ranker_will_do(seed: int) -> None:
@@ -316,6 +344,8 @@ def test_half_precision_bank_is_written_in_its_own_dtype(seed: int) -> None:
 
 @pytest.mark.parametrize(("wrong", "message"), [
     ({"contrast_gradient": "neither"}, "contrast_gradient: was 'neither', must be one of both, content, id"),
+    ({"history": "none"}, "history: was 'none', must be one of frozen, lora, full"),
+    ({"fusion": None, "history": "full"}, "history: was 'full', must be 'frozen' or 'lora' for frozen features (fusion=None)"),
     ({"bank_dim": 5}, "bank_dim: was 5, must be 8 like content_dim unless fusion is None"),
     ({"num_heads": 3}, "num_heads: was 3"),
     ({"rank": -1}, "rank: was -1"),
@@ -323,4 +353,4 @@ def test_half_precision_bank_is_written_in_its_own_dtype(seed: int) -> None:
 def test_error_messages(wrong: dict, message: str) -> None:
     ranker = DIN(3, 3, dim=V, extra_dim=EM3.extra_dim(C))
     with pytest.raises(ValueError, match=re.escape(message)):
-        EM3(ranker, FusionQFormer([4], C, num_queries=1), **({"num_items": 3, "content_dim": C} | wrong))
+        EM3(ranker, **({"fusion": FusionQFormer([4], C, num_queries=1), "num_items": 3, "content_dim": C} | wrong))

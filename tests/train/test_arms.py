@@ -42,6 +42,10 @@ def test_what_the_arms_are(ranker: str, tokens: Tokens, seed: int) -> None:
                         content_dim=8, num_queries=3, dim=4, num_heads=2, rank=2, contrast_weight=0.9,
                         contrast_gradient="id")  # fmt: skip
     config, features = Config(data="x", model=model), frozen_features(tokens.read, N)
+    full = dataclasses.replace(config, model=dataclasses.replace(model, history="full"))
+    assert {arm: build(arm, full, batches, [5, 3], features).history for arm in ARMS[1:]} == {
+        "two_stage": "lora", "em3": "full", "em3_mean_tokens": "full", "em3_no_lora": "frozen", "em3_no_contrast": "full",
+    }  # fmt: skip
     made = {arm: build(arm, config, batches, [5, 3], features) for arm in ARMS}
     for arm, built in made.items():
         assert type(built.ranker) is {"din": DIN, "dcnv2": DCNv2}[ranker]
@@ -54,6 +58,8 @@ def test_what_the_arms_are(ranker: str, tokens: Tokens, seed: int) -> None:
     }  # fmt: skip
     assert {arm: built.interest.rank for arm, built in made.items()} == {
         "two_stage": 0, "em3": 2, "em3_mean_tokens": 2, "em3_no_lora": 0, "em3_no_contrast": 2}  # fmt: skip
+    # Without LoRA the history's projections stay as they start; the two-stage arm learns the whole of them.
+    assert [arm for arm, built in made.items() if built.interest.w_k.requires_grad] == ["two_stage"]
     assert [arm for arm, built in made.items() if built.contrast is None] == ["two_stage", "em3_no_contrast"]
     assert torch.equal(made["two_stage"].bank, features)
     batch = batches.of(batches.data.of_split("train"))

@@ -59,6 +59,8 @@ def test_paths_are_absolute(tmp_path, monkeypatch):
         (["data=x", "seeds=[-1]"], "seeds: was [-1], must be at least 0"),
         (["data=x", "tokens=t", "encoder.train=lora"], "tokens: was t, must be left out with encoder.train=lora"),
         (["data=${oops}"], "data: Interpolation key 'oops' not found"),
+        (["data=x", "model.history=ful"], "model.history: was 'ful', must be one of frozen, lora, full; did you mean 'full'"),
+        (["data=x", "arms=[em3,em3_no_lora]", "model.history=frozen"], "arms: held em3_no_lora, must not with model.history=frozen"),
         (["data=x", "encoder.train=all"], "encoder.train: was 'all', must be one of frozen, lora, last_n"),
     ],
 )

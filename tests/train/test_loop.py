@@ -42,9 +42,9 @@ class Killed(Exception):
 
 
 class Setting:
-    def __init__(self, seed, arm="em3", train=TRAIN):
+    def __init__(self, seed, arm="em3", train=TRAIN, history="lora"):
         data = catalogue(np.random.default_rng(seed), 20, N, 150, 500)
-        model = ModelConfig(id_dim=6, hidden=[12], content_dim=8, num_queries=2, dim=8, num_heads=2, rank=2)
+        model = ModelConfig(id_dim=6, hidden=[12], content_dim=8, num_queries=2, dim=8, num_heads=2, rank=2, history=history)
         self.config = Config(data="made up", model=model, train=train)
         self.arm, self.batches = arm, Batches(data, 6)
         torch.manual_seed(seed)
@@ -62,11 +62,12 @@ def lines(folder):
     return [{k: v for k, v in line.items() if k != "time"} for line in loop.read_metrics(folder)]
 
 
-@pytest.mark.parametrize(
-    ("arm", "average"), [("id_only", 0.0), ("two_stage", 0.0), ("em3", 0.0), ("em3_mean_tokens", 0.0), ("em3", 0.9)]
-)
-def test_killed_anywhere(arm, average, seed, tmp_path):
-    setting = Setting(seed, arm, dataclasses.replace(TRAIN, average=average))
+@pytest.mark.parametrize(("arm", "history", "average"), [
+    ("id_only", "lora", 0.0), ("two_stage", "lora", 0.0), ("em3", "lora", 0.0), ("em3_mean_tokens", "lora", 0.0),
+    ("em3", "full", 0.0), ("em3", "frozen", 0.0), ("em3", "lora", 0.9),
+])  # fmt: skip
+def test_killed_anywhere(arm, history, average, seed, tmp_path):
+    setting = Setting(seed, arm, dataclasses.replace(TRAIN, average=average), history=history)
     want = setting.training(tmp_path / "whole").run()
     steps = setting.training(tmp_path / "whole").steps
     assert steps >= 12
@@ -89,6 +90,19 @@ def test_killed_anywhere(arm, average, seed, tmp_path):
         assert setting.training(folder).run() == want
         assert lines(folder) == lines(tmp_path / "whole")
         assert (folder / loop.BEST).read_bytes() == (tmp_path / "whole" / loop.BEST).read_bytes()
+
+
+def test_the_bank_is_refreshed_only_where_it_is_read(seed, tmp_path):
+    done = {}
+    for history in ("frozen", "lora", "full"):
+        training = Setting(seed, history=history).training(tmp_path / history)
+        refresh, write_back, calls = training.model.refresh, training.model.write_back, []
+        training.model.refresh = lambda read, refresh=refresh, calls=calls: calls.append("refresh") or refresh(read)
+        training.model.write_back = lambda *a, write=write_back, calls=calls: calls.append("write") or write(*a)
+        training.run()
+        epochs, due = TRAIN.epochs, -(-training.steps // TRAIN.refresh_every)
+        done[history] = (calls.count("refresh") - epochs, calls.count("write"))  # one before each validation
+        assert done[history] == ((0, 0) if history == "full" else (due, training.steps)), history
 
 
 def test_a_finished_training_is_not_repeated(seed, tmp_path):
