@@ -15,7 +15,7 @@ DEMO ?= runs/demo
 CODE := $(wildcard em3 kernels benchmarks tests setup.py .ci)
 SOURCES := pyproject.toml setup.py em3/_version.py kernels/__init__.py benchmarks/__init__.py $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test kernels guards readme install lint format wheel clean
+.PHONY: demo test kernels sanitize guards readme install lint format wheel clean
 
 # A catalogue with known truth, three ways to rank it, a report. Begun anew each time; a killed one goes on with
 # `em3 train --resume runs/demo/run`.
@@ -46,6 +46,10 @@ $(VENV)/installed: $(VENV)/tools $(SOURCES)
 # What each Triton kernel takes of a GPU's registers and memory, compiled for three of them; none is needed. Minutes.
 kernels: install
 	$(BIN)/python -m tests.kernels.compiled
+
+# The compiled kernels' tests under AddressSanitizer with UndefinedBehaviorSanitizer, and under ThreadSanitizer. Minutes.
+sanitize: install
+	$(BIN)/python -m tests.sanitized
 
 # Whether speed or memory was lost, against the floors in benchmarks/guards.
 guards: install
