@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...ops._dropout import Dropout, threshold
+from ...ops._dropout import Dropout
 from .. import cpp
 from . import _parts, unavailable
 
@@ -29,10 +29,7 @@ class How(NamedTuple):
     pairs: bool  # whether products with tokens multiply numbers in bf16
 
     def arguments(self) -> tuple[int, str, tuple[int, float, int] | None, bool]:
-        drop, drawn = self.drop, None
-        if drop is not None:
-            drawn = threshold(drop.p), 1 / (1 - drop.p) if drop.p < 1 else 0.0, int(drop.seed)
-        return torch.get_num_threads(), cpp.isa, drawn, self.pairs
+        return torch.get_num_threads(), cpp.isa, _parts.drawn(self.drop), self.pairs
 
 
 def in_pairs(u: list[Tensor], w: list[Tensor], values: list[Tensor]) -> bool:
