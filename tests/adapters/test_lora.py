@@ -29,7 +29,7 @@ def trained(model, **options):
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_" in name:
-                parameter.copy_(torch.randn_like(parameter))
+                parameter.copy_(torch.randn_like(parameter) * 0.3)
     return adapted
 
 

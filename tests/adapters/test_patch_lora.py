@@ -29,7 +29,7 @@ def adapted(bias: bool = True, **options):
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if "lora_" in name:
-                parameter.copy_(torch.randn_like(parameter))
+                parameter.copy_(torch.randn_like(parameter) * 0.3)
     return made
 
 
