@@ -39,7 +39,7 @@ _ABSORB, _PROJECT = "absorb", "project"
 # strategies are compared last, each with the best of what lies below it.
 PLAN: dict[str, tuple[tuple[str, str | None], ...]] = {
     "qformer_attention": (("backend", _ABSORB), ("chunk", _ABSORB), ("strategy", None)),
-    "lora_linear": (("form", None), ("shrink", None)),
+    "lora_linear": (("backend", None), ("form", None), ("shrink", None)),
     "lora_target_attention": (("backend", _ABSORB), ("chunk", _ABSORB), ("rows", _PROJECT), ("strategy", None)),
     "contrastive_loss": (("backend", None), ("tile", None)),
 }

@@ -15,10 +15,12 @@ import em3
 from em3 import reference
 from em3.backends import cpp
 from em3.backends.cpp import _parts
+from em3.backends.cpp import lora_linear as adapting
 from em3.backends.cpp import qformer_attention as kernel
 from tests import oracle
 from tests.ops import test_contrastive_loss as contrast
 from tests.ops import test_dropout as dropout
+from tests.ops import test_lora_linear as linear
 from tests.ops import test_lora_target_attention as target
 from tests.ops.test_qformer_attention import as_streams, make, op
 
@@ -99,6 +101,100 @@ def test_every_instruction_set_contrasts(forced_isa, monkeypatch):
         for b, v, k in ((1, 1, 0), (2, 3, 3), (97, 8, 5), (200, 37, 0), (193, 16, 200)):
             made = contrast.make(b, v, k=k, ids=None if b == 97 else b, log_q=True, weight=True)
             oracle.check(contrast.op("cpp"), reference.contrastive_loss, made, torch.float32)
+
+
+# Ranks of every kind of tile and more, widths with and without a tail, empty and lone rows; 520 rows of one adapter are
+# cut into parts.
+LINEAR = [((520,), 37, 16, 8, None), ((150,), 16, 37, 1, 3), ((33,), 64, 5, 17, 4), ((1,), 3, 2, 4, None), ((0,), 8, 8, 2, 2),
+          ((700,), 19, 33, 130, 2), ((520,), 40, 24, 5, 1)]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *oracle.HALF], ids=str)
+def test_every_instruction_set_adapts(forced_isa, dtype, monkeypatch):
+    monkeypatch.setattr(adapting, "_enough", lambda weight: float("inf"))
+    for shape in LINEAR:
+        for p in (0.0, 0.3):
+            made = linear.make(*shape, route="offsets" if shape[0] == (150,) else "adapter", per_adapter=True, frozen=("weight",))
+            oracle.check(linear.dropping("cpp", p, 5), linear.dropped(p, 5) if p else reference.lora_linear, made, dtype)
+
+
+@pytest.mark.parametrize("dtype", oracle.HALF, ids=str)
+def test_every_instruction_set_rounds_to_half_types(forced_isa, dtype):
+    """As torch rounds: to the nearest, ties to even; smallest, subnormal and too large numbers, infinities, NaN."""
+    top = torch.finfo(dtype).max
+    some = torch.cat([torch.randn(4000) * 10.0 ** torch.randint(-42, 39, (4000,)), torch.tensor([0.0, -0.0, top, -top, torch.inf, torch.nan])])
+    ties = torch.randint(-(2**15), 2**15, (500,)).to(torch.int16).view(dtype).float()  # and halfway to their neighbours
+    some = torch.cat([some, (ties.double() + ties.double() * 2 ** (-9 if dtype == torch.bfloat16 else -12)).float()])
+    x, one = torch.ones(len(some), 1), torch.ones(1, 1, 1)
+    for width in (1, 21):  # a tail, and whole vectors
+        y = torch.zeros(len(some), width, dtype=dtype)
+        rows = torch.arange(len(some))  # an adapter for each number, which it adds to zeros
+        b = some[:, None, None].expand(-1, width, 1).contiguous()
+        cpp.compiled().lora_linear_forward(x, one.expand(len(some), 1, 1).contiguous(), b, 1.0, None, rows, None, y, None, 1, cpp.isa)
+        assert torch.equal(y.isnan()[:, 0], some.isnan())
+        want = some.to(dtype)[:, None].expand(-1, width)
+        torch.testing.assert_close(y, want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("runtime", ["auto", "std"])
+@pytest.mark.parametrize("g", [None, 3, 40])
+def test_any_number_of_threads_adapts_to_the_same_bits(runtime, g, threads, monkeypatch):
+    monkeypatch.setattr(adapting, "_enough", lambda weight: float("inf"))
+    cpp.compiled().set_thread_runtime(runtime)
+    made = oracle.convert(linear.make((900,), 24, 20, 6, g), torch.float32)
+    x, dy, a, b = (made[k].detach() for k in ("x", "x", "lora_a", "lora_b"))
+    a, b = (a[None], b[None].contiguous()) if g is None else (a, b)
+    dy = torch.randn(900, 20)
+    results = []
+    for count in (1, 2, 3, 8):
+        threads(count)
+        oracle.check(linear.op("cpp"), reference.lora_linear, made, torch.float32)
+        dx, y, da, db = torch.zeros_like(x), torch.zeros_like(dy), torch.empty_like(a), torch.empty_like(b)
+        how = (a, b, 0.7, None, made.get("adapter"), None)
+        cpp.compiled().lora_linear_forward(x, *how, y, None, count)
+        cpp.compiled().lora_linear_backward(dy, x, *how, dx, da, db, None, count)
+        results.append((y, dx, da, db))
+    for other in results[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+
+
+def test_ranks_that_are_padded_are_not_computed():
+    """Behind an adapter's own rank both factors are zero: not even NaN in x makes a gradient there."""
+    made = oracle.convert(linear.make((40,), 6, 7, 9, 3), torch.float32)
+    with torch.no_grad():
+        for g, rank in enumerate((4, 0, 9)):
+            made["lora_a"][g, rank:], made["lora_b"][g, :, rank:] = 0, 0
+    oracle.check(linear.op("cpp"), reference.lora_linear, made, torch.float32)
+    with torch.no_grad():
+        made["x"][0] = torch.nan
+    da, db = torch.autograd.grad(linear.op("cpp")(**made).sum(), [made["lora_a"], made["lora_b"]])
+    assert not da[0, 4:].any()
+    assert not db[0, :, 4:].any()
+    assert not da[1].any()
+    assert not db[1].any()
+
+
+def test_memory_of_adapters_does_not_grow_with_the_rows():
+    """Forward and backward of 64 adapters at 2,000 and 20,000 rows: beyond inputs and outputs, what row numbers take."""
+    code = """
+import resource, torch
+from em3.backends import cpp
+torch.set_num_threads(1)
+def call(t):
+    x, dy, y, dx = (torch.zeros(t, 512) for _ in range(4))
+    a, b, adapter = torch.zeros(64, 8, 512), torch.zeros(64, 512, 8), torch.arange(t) % 64
+    a += 1; b += 1
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    cpp.compiled().lora_linear_forward(x, a, b, 1.0, None, adapter, None, y, None, 1)
+    cpp.compiled().lora_linear_backward(dy, x, a, b, 1.0, None, adapter, None, dx, torch.empty_like(a), torch.empty_like(b), None, 1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+for t in (2000, 20000):
+    for _ in range(2):
+        grown = call(t)
+    assert grown < 4096, f"{grown} KiB at {t} rows"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("runtime", ["auto", "std"])
@@ -213,14 +309,32 @@ def direct_contrast_backward():
     )  # fmt: skip
 
 
+def direct_linear():
+    """The arguments of a direct call: 3 adapters of rank 2, 10 rows of 8 to 6."""
+    f = torch.randn
+    return dict(x=f(10, 8), a=f(3, 2, 8), b=f(3, 6, 2), scaling=0.5, scalings=f(3), adapter=torch.tensor([0, 2, -1, 2, 1, 9, -7, 0, 0, 1]),
+                offsets=None, y=f(10, 6), drop=None, threads=2)  # fmt: skip
+
+
+def direct_linear_backward():
+    like = direct_linear()
+    del like["y"]
+    return dict(dy=torch.randn(10, 6)) | like | dict(dx=torch.randn(10, 8), da=torch.empty(3, 2, 8), db=torch.empty(3, 6, 2))
+
+
 DIRECT = {
+    "lora_linear_forward": direct_linear, "lora_linear_backward": direct_linear_backward,
     "contrastive_loss_forward": direct_contrast, "contrastive_loss_backward": direct_contrast_backward,
     "qformer_attention_forward": direct, "qformer_attention_backward": direct_backward,
     "lora_target_attention_forward": direct_target, "lora_target_attention_backward": direct_target_backward,
 }  # fmt: skip
 
 
-CONTRAST_SIZES = {"x": "y", "y": "offset"}  # what no longer fits where that one is longer
+# What no longer fits where that one is longer.
+MISFITS = {
+    "contrastive_loss": {"x": "y", "y": "offset"}, "lora_linear_forward": {"x": "adapter", "a": "b"},
+    "lora_linear_backward": {"dy": "adapter", "a": "b"},
+}  # fmt: skip
 
 
 def places(given):
@@ -252,9 +366,14 @@ def test_the_compiled_code_takes_nothing_on_trust(name, how):
         # candidates have too few offsets, more rows too few candidates; lse and u say what the sizes are.
         if how in ("size", "layout") and holder[key].dim() == 0:
             continue
+        if op_name == "lora_linear" and how == "dtype" and where in ("x", "y", "dy", "dx"):
+            holder[key] = holder[key].double()  # float32 and the half types are all right
+            with pytest.raises(ValueError, match=f"lora_linear: {where}: was torch.float64, must be torch.float32, torch"):
+                function(**given)
+            continue
         if (how == "size" and where == "bank") or ((how, where) in {("size", "values[0]"), ("size", "history")} and name.endswith("forward")):
             continue
-        blamed = {"values[0]": "dx[0]", "history": "dx", **(CONTRAST_SIZES if op_name == "contrastive_loss" else {})}.get(where, where) if how == "size" else where
+        blamed = {"values[0]": "dx[0]", "history": "dx", **MISFITS.get(op_name, MISFITS.get(name, {}))}.get(where, where) if how == "size" else where
         holder[key] = spoil(holder[key], how)
         with pytest.raises(ValueError, match=f"{op_name}: ") as error:
             function(**given)
@@ -378,6 +497,28 @@ def test_in_a_forked_worker():
         assert results.get(timeout=60) == pytest.approx(want, rel=1e-4, abs=1e-4)
         child.join(60)
         assert child.exitcode == 0
+
+
+def _adapted(x, dy, a, b, adapter, count):
+    """The kernel alone: torch's own products hang in a process forked after its pool was started."""
+    y, dx, da, db = torch.zeros_like(dy), torch.zeros_like(x), torch.zeros_like(a), torch.zeros_like(b)
+    cpp.compiled().lora_linear_forward(x, a, b, 0.7, None, adapter, None, y, None, count)
+    cpp.compiled().lora_linear_backward(dy, x, a, b, 0.7, None, adapter, None, dx, da, db, None, count)
+    return [t.numpy() for t in (y, dx, da, db)]
+
+
+def test_adapters_in_a_forked_worker(threads):
+    inputs = (torch.randn(600, 24), torch.randn(600, 20), torch.randn(5, 6, 24), torch.randn(5, 20, 6), torch.arange(600) % 5)
+    want = _adapted(*inputs, 2)
+    context = multiprocessing.get_context("fork")
+    for count in (1, 2):
+        results = context.Queue()
+        child = context.Process(target=lambda: results.put(_adapted(*inputs, count)))  # noqa: B023
+        child.start()
+        got = results.get(timeout=60)
+        child.join(60)
+        assert child.exitcode == 0
+        assert all((g == w).all() for g, w in zip(got, want, strict=True))
 
 
 def test_a_fork_before_the_first_call_is_known():

@@ -67,7 +67,8 @@ ASKED = {
     "lora_target_attention.rows": (target, {"strategy": "project"}),
     "lora_target_attention.chunk": (target, {"backend": "torch", "strategy": "absorb"}),
     "lora_linear.form": (linear, {}),
-    "lora_linear.shrink": (adapters, {}),
+    "lora_linear.backend": (adapters, {}),
+    "lora_linear.shrink": (adapters, {"backend": "torch"}),
     "contrastive_loss.backend": (contrast, {}),
     "contrastive_loss.tile": (contrast, {"backend": "torch"}),
 }

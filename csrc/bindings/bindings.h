@@ -9,5 +9,6 @@ namespace em3 {
 void bind_qformer_attention(pybind11::module_& m);
 void bind_lora_target_attention(pybind11::module_& m);
 void bind_contrastive_loss(pybind11::module_& m);
+void bind_lora_linear(pybind11::module_& m);
 
 }  // namespace em3

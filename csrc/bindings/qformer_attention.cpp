@@ -2,7 +2,6 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "../cpu/isa.h"
@@ -81,7 +80,7 @@ struct QformerCall {
         o_tensor.require_shape({sizes[0], sizes[1], sizes[2], -1});
         o = o_tensor.block<float>(o_tensor.shape());
         shape = {sizes[1], sizes[0], sizes[2], o_tensor.shape()[3], shared};
-        if (!drop.is_none()) shape.drop = dropout(drop);
+        shape.drop = dropout_of(drop);
         Bu = shared ? 1 : shape.B;
         for (std::size_t m = 0; m < values.size(); ++m) tokens.push_back(stream(m, values[m], offsets[m], masks[m]));
     }
@@ -92,11 +91,6 @@ struct QformerCall {
     Sizes stacked(const Sizes& of_one) const { return {M, of_one[0], of_one[1], of_one[2]}; }
 
  private:
-    static Dropout dropout(const py::object& given) {
-        const auto [threshold, factor, seed] = given.cast<std::tuple<std::uint32_t, float, std::uint64_t>>();
-        return {threshold, factor, static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)};
-    }
-
     TokenStream stream(std::size_t m, const py::handle& values, const py::handle& offsets,
                             const py::handle& mask) const {
         const Tensor x = tensor(values, "values", m);

@@ -1,5 +1,5 @@
-// Dropout of attention weights: the mask of em3/ops/_dropout.py, which says what each number is for. A function of where a
-// weight stands, so that it is drawn again rather than kept, and does not depend on tiles, parts or threads.
+// The mask of em3/ops/_dropout.py, which says what each number is for. A function of where a number stands, so that it is
+// drawn again rather than kept, and does not depend on tiles, parts or threads.
 
 EM3_INLINE uint32_t mixed(uint32_t x) {
   x = (x ^ (x >> 16)) * 0x7FEB352Du;
@@ -7,7 +7,7 @@ EM3_INLINE uint32_t mixed(uint32_t x) {
   return x ^ (x >> 16);
 }
 
-// What to multiply the weights of rows r0 .. r0 + width of a token with, [width].
+// What to multiply rows r0 .. r0 + width of a token with, [width].
 static void draw(const Dropout& drop, int m, int64_t token, int64_t r0, int64_t width, float* factors) {
   const uint32_t place =
       mixed(static_cast<uint32_t>(token) * 0x85EBCA77u + static_cast<uint32_t>(m) * 0xC2B2AE3Du + drop.seed_low);

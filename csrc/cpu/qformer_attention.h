@@ -15,14 +15,13 @@
 #include <cstdint>
 #include <vector>
 
+#include "dropout.h"
 #include "isa.h"
+#include "storage.h"
 
 namespace em3 {
 
 constexpr int kMaxStreams = 8;
-
-enum class Storage : std::uint8_t { f32, bf16, f16 };
-constexpr std::int64_t bytes_of(Storage storage) { return storage == Storage::f32 ? 4 : 2; }
 
 // Padded (offsets == nullptr): item b has n tokens, token t at x + b*item_stride + t*token_stride.
 // Jagged: x has n rows in all, item b owns rows offsets[b] .. offsets[b+1].
@@ -41,17 +40,10 @@ struct TokenStream {
   std::int64_t x_rows;
 };
 
-// y and mass take p times a factor, 0 or 1 / (1 - probability), that a seed and the place of p determine.
-struct Dropout {
-  std::uint32_t threshold = 0;  // below it, of 2^24, a weight is dropped; 0 = no dropout
-  float factor = 1.0f;
-  std::uint32_t seed_low = 0, seed_high = 0;
-};
-
 struct Shape {
   std::int64_t B, H, Q, E;
   bool shared_u;  // u and c have no item dimension: Bu = 1, else Bu = B
-  Dropout drop = {};
+  Dropout drop = {};  // y and mass take p times the factor of its place
   std::int64_t K() const { return H * Q; }
 };
 

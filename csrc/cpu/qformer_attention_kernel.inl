@@ -58,6 +58,8 @@ static void scatter_rows(const float* from, int64_t items, int64_t item, int64_t
     for (int64_t q = 0; q < Q; ++q) base[(h * items + item) * Q + q] = *from++;
 }
 
+#include "arena.inl"
+#include "storage.inl"
 #include "token_tiles.inl"
 #include "dropout.inl"
 #include "qformer_attention_forward.inl"

@@ -209,3 +209,65 @@ EM3_INLINE V load_f16(const uint16_t* p) {
   return load(lanes);
 }
 #endif
+
+// The same numbers rounded to half precision, to the nearest and of two as near to the even one; a NaN stays one.
+#if EM3_ISA >= 1
+EM3_INLINE __m256i bf16_bits(__m256 v) {
+  const __m256i bits = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff));
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  const __m256 nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
+  return _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(nan)), 16);
+}
+EM3_INLINE __m128i narrow(__m256i wide) {  // of 32-bit integers below 2^16
+  const __m256i pairs = _mm256_permute4x64_epi64(_mm256_packus_epi32(wide, wide), 0x08);
+  return _mm256_castsi256_si128(pairs);
+}
+constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+#if EM3_ISA == 2
+EM3_INLINE void store_bf16(uint16_t* p, V v) {
+  auto* const to = reinterpret_cast<__m128i*>(p);
+  _mm_storeu_si128(to, narrow(bf16_bits(_mm512_castps512_ps256(v))));
+  _mm_storeu_si128(to + 1, narrow(bf16_bits(_mm512_extractf32x8_ps(v, 1))));
+}
+EM3_INLINE void store_f16(uint16_t* p, V v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, kNearest));
+}
+#else
+EM3_INLINE void store_bf16(uint16_t* p, V v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(bf16_bits(v))); }
+EM3_INLINE void store_f16(uint16_t* p, V v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, kNearest)); }
+#endif
+#else
+EM3_INLINE void store_bf16(uint16_t* p, V v) {
+  float lanes[kVec];
+  store(lanes, v);
+  for (int i = 0; i < kVec; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, lanes + i, sizeof bits);
+    bits = lanes[i] != lanes[i] ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1);
+    p[i] = static_cast<uint16_t>(bits >> 16);
+  }
+}
+EM3_INLINE void store_f16(uint16_t* p, V v) {
+  float lanes[kVec];
+  store(lanes, v);
+  for (int i = 0; i < kVec; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, lanes + i, sizeof bits);
+    const uint32_t sign = bits & 0x80000000;
+    bits ^= sign;
+    if (bits >= 0x47800000) {  // 65536 and more, infinity, NaN
+      bits = bits > 0x7f800000 ? 0x7e00 : 0x7c00;
+    } else if (bits < 0x38800000) {  // subnormal: adding 0.5 rounds to its last place and leaves the result in the low bits
+      float shifted;
+      std::memcpy(&shifted, &bits, sizeof bits);
+      shifted += 0.5f;
+      std::memcpy(&bits, &shifted, sizeof bits);
+      bits -= 0x3f000000;
+    } else {
+      bits = (bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13;
+    }
+    p[i] = static_cast<uint16_t>(bits | sign >> 16);
+  }
+}
+#endif

@@ -139,19 +139,25 @@ EM3_INLINE void fetch_rows(const Dots& g, int64_t from, int64_t to) {
   }
 }
 
+constexpr int kAhead = 2 * kTokens;
+
+// Token t and those after it, kTokens of them or as many as there are until n.
+EM3_INLINE void dots_tokens(const Dots& g, int64_t t, int64_t n, int64_t rows) {
+  for (int64_t r = 0; r < rows; r += 4) {
+    switch (rows - r) {
+      case 1: dots_rows<1>(g, t, r, n - t); break;
+      case 2: dots_rows<2>(g, t, r, n - t); break;
+      case 3: dots_rows<3>(g, t, r, n - t); break;
+      default: dots_rows<4>(g, t, r, n - t);
+    }
+  }
+}
+
 static void dots(const Dots& g, int64_t n, int64_t rows) {
-  constexpr int kAhead = 2 * kTokens;
   if (g.fetch) fetch_rows(g, 0, smaller(kAhead, n));
   for (int64_t t = 0; t < n; t += kTokens) {
     if (g.fetch) fetch_rows(g, smaller(t + kAhead, n), smaller(t + kAhead + kTokens, n));
-    for (int64_t r = 0; r < rows; r += 4) {
-      switch (rows - r) {
-        case 1: dots_rows<1>(g, t, r, n - t); break;
-        case 2: dots_rows<2>(g, t, r, n - t); break;
-        case 3: dots_rows<3>(g, t, r, n - t); break;
-        default: dots_rows<4>(g, t, r, n - t);
-      }
-    }
+    dots_tokens(g, t, n, rows);
   }
 }
 

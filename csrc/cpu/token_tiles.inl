@@ -64,25 +64,6 @@ EM3_INLINE int64_t tile_limit(int64_t C) {
 // K=8: 1.17 / 1.08; B=32, N=256, C=512, K=8: 1.0 / 0.93.
 static bool few(const Shape& shape) { return shape.K() <= kFew; }
 
-// [i] of a row of C numbers as floats.
-EM3_INLINE V load_as(Storage storage, uintptr_t row, int64_t i) {
-  if (storage == Storage::bf16) return load_bf16(reinterpret_cast<const uint16_t*>(row) + i);
-  if (storage == Storage::f16) return load_f16(reinterpret_cast<const uint16_t*>(row) + i);
-  return load(reinterpret_cast<const float*>(row) + i);
-}
-
-static void copy_row(Storage storage, uintptr_t row, int64_t C, float* to) {
-  int64_t c = 0;
-  for (; c + kVec <= C; c += kVec) store(to + c, load_as(storage, row, c));
-  if (c == C) return;
-  const int tail = static_cast<int>(C - c);
-  const int64_t size = bytes_of(storage);
-  float last[kVec] = {};  // of either width
-  const auto* from = reinterpret_cast<const unsigned char*>(row) + c * size;
-  for (int64_t i = 0; i < tail * size; ++i) reinterpret_cast<unsigned char*>(last)[i] = from[i];
-  store_part(to + c, load_as(storage, reinterpret_cast<uintptr_t>(last), 0), tail);
-}
-
 // Absent tokens are never read (they may hold anything). A run of present tokens is used in place. Otherwise, and
 // when the row stride maps all rows to few sets of the level-1 cache, the rows are copied side by side; but not for
 // products that take them one by one. Half precision becomes floats by being copied.
@@ -107,21 +88,6 @@ static int64_t next_tile(const Tokens& t, int64_t from, int64_t want, bool one_b
   }
   return from;
 }
-
-// Hands out a worker's scratch memory. Built twice: once from null to learn the size.
-struct Arena {
-  float* at;
-  int64_t used;
-  float* floats(int64_t n) {
-    float* p = at == nullptr ? nullptr : at + used;
-    used += round_up(n, 16);
-    return p;
-  }
-  template <class T>
-  T* array(int64_t n) {
-    return reinterpret_cast<T*>(floats((n * static_cast<int64_t>(sizeof(T)) + 3) / 4));
-  }
-};
 
 struct TileScratch {
   float* copy;

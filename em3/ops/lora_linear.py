@@ -8,16 +8,17 @@ import torch
 from torch import Tensor
 
 from . import _checks, _dispatch
+from ._dropout import Dropout
 
 
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, *,
                 scaling: float | Tensor = 1.0, adapter: Tensor | None = None, offsets: Tensor | None = None,
-                backend: str | None = None) -> Tensor:  # fmt: skip
+                dropout: float = 0.0, backend: str | None = None) -> Tensor:  # fmt: skip
     """A linear layer plus a low-rank update, the same for all rows or one adapter a row.
 
     For row ``i`` with adapter ``g``::
 
-        y_i = x_i weight^T + bias + scaling_g (x_i lora_a_g^T) lora_b_g^T
+        y_i = x_i weight^T + bias + scaling_g (dropout(x_i) lora_a_g^T) lora_b_g^T
 
     With ``lora_a [R, C]`` one adapter serves all rows, and neither ``adapter`` nor ``offsets`` may be given. With
     ``lora_a [G, R, C]``, also for ``G = 1``, exactly one of them must say which row uses which adapter. A row without
@@ -36,6 +37,8 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, 
         adapter: int32 or int64, of ``x``'s leading shape: the adapter of each row, -1 for none.
         offsets: int32 or int64 ``[G + 1]``: rows ``offsets[g] .. offsets[g + 1] - 1`` of the flattened leading
             dimensions use adapter ``g``; rows from ``offsets[G]`` on use none.
+        dropout: probability with which the adapter sees a number of ``x`` as zero, the others being divided by
+            ``1 - dropout``. Drawn anew in every call from torch's generator of ``x``'s device.
         backend: ``"auto"`` or a backend's name; the process-wide choice (``em3.set_backend``) by default.
 
     Returns:
@@ -48,17 +51,21 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, 
             ``offsets`` is looked at only under ``em3.debug_checks()``; an adapter outside ``0 .. G - 1`` counts as none.
         em3.BackendError: if the backend asked for cannot serve the call.
 
-    Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, section 4.1.
+    Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, section 4.1; dropout
+    where PEFT has it.
     """
     x, weight, bias, lora_a, lora_b = _checks.autocast(x, weight, bias, lora_a, lora_b, device=x.device)
     _check(x, weight, bias, lora_a, lora_b)
     factor, factors = _scaling(scaling, x, lora_a)
     _check_rows(x, lora_a, adapter, offsets)
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"dropout: was {dropout}, must be a probability from 0 to 1")
+    seed = torch.randint(torch.iinfo(torch.int64).max, (1,), device=x.device) if dropout else None
     leading, c = x.shape[:-1], x.shape[-1]
     rows = math.prod(leading)
     y = torch.ops.em3.lora_linear(
         x.reshape(rows, c), weight, bias, lora_a, lora_b, factor, factors,
-        None if adapter is None else adapter.reshape(rows), offsets, _dispatch.requested(backend),
+        None if adapter is None else adapter.reshape(rows), offsets, seed, dropout, _dispatch.requested(backend),
     )  # fmt: skip
     return y.view(*leading, weight.shape[0])
 
@@ -115,38 +122,51 @@ def _check_rows(x: Tensor, lora_a: Tensor, adapter: Tensor | None, offsets: Tens
     _checks.same_device("x", x, {"adapter": adapter, "offsets": offsets})
 
 
-# The registered operator works on rows: x [T, C], adapter [T].
+# The registered operator works on rows: x [T, C], adapter [T]. With a seed, the adapters see x times the factors of
+# _dropout.Dropout(dropout, seed), of which token i and row c belong to x[i, c]; the backward draws them again.
 torch.library.define(
     "em3::lora_linear",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, float scaling, Tensor? scalings,"
-    " Tensor? adapter, Tensor? offsets, str backend) -> Tensor",
+    " Tensor? adapter, Tensor? offsets, Tensor? seed, float dropout, str backend) -> Tensor",
 )
 # x is None where nothing that needs it wants a gradient; `need` is for x, weight, bias, lora_a, lora_b, and what is
 # not needed comes back as an empty tensor.
 torch.library.define(
     "em3::lora_linear_backward",
     "(Tensor dy, Tensor? x, Tensor weight, Tensor lora_a, Tensor lora_b, float scaling, Tensor? scalings,"
-    " Tensor? adapter, Tensor? offsets, bool[] need, str backend)"
+    " Tensor? adapter, Tensor? offsets, Tensor? seed, float dropout, bool[] need, str backend)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dlora_a, Tensor dlora_b)",
 )
 
 
 @torch.library.impl("em3::lora_linear", "default")
-def _forward(x, weight, bias, lora_a, lora_b, scaling, scalings, adapter, offsets, backend):
+def _forward(x, weight, bias, lora_a, lora_b, scaling, scalings, adapter, offsets, seed, dropout, backend):
     _check_content(x.shape[0], lora_a, adapter, offsets)
-    args = (x, weight, bias, lora_a, lora_b, scaling, scalings, adapter, offsets)
+    args = (x, weight, bias, lora_a, lora_b, scaling, scalings, adapter, offsets, _drop(seed, dropout))
     with _checks.no_autocast(x.device):
-        return _dispatch.choose("lora_linear", backend, args, (x, "", (*x.shape, weight.shape[0]))).forward(*args)
+        return _dispatch.choose("lora_linear", backend, args, _about(*args)).forward(*args)
 
 
 @torch.library.impl("em3::lora_linear_backward", "default")
-def _backward(dy, x, weight, lora_a, lora_b, scaling, scalings, adapter, offsets, need, backend):
+def _backward(dy, x, weight, lora_a, lora_b, scaling, scalings, adapter, offsets, seed, dropout, need, backend):
     _check_content(dy.shape[0], lora_a, adapter, offsets)
-    args = (dy, x, weight, lora_a, lora_b, scaling, scalings, adapter, offsets)
+    args = (lora_a, lora_b, scaling, scalings, adapter, offsets, _drop(seed, dropout))
     # dy stands in for x, which may be absent: it has x's rows, dtype and device.
-    chosen = _dispatch.choose("lora_linear", backend, (dy, weight, None, *args[3:]), (dy, "", (len(dy), *weight.shape)))
+    like = (dy, weight, None, *args)
+    chosen = _dispatch.choose("lora_linear", backend, like, _about(*like))
     with _checks.no_autocast(dy.device):
-        return chosen.backward(*args, need)
+        return chosen.backward(dy, x, weight, *args, need)
+
+
+def _drop(seed, dropout):
+    return None if seed is None else Dropout(dropout, seed)
+
+
+def _about(x, weight, bias, lora_a, lora_b, scaling, scalings, adapter, offsets, drop):
+    """What the choice of a backend depends on."""
+    kind = "shared" if lora_a.dim() == 2 else "index" if adapter is not None else "segments"
+    d, c = weight.shape
+    return x, kind if drop is None else f"{kind} dropped", (x.shape[0], c, d, *lora_a.shape[:-1])
 
 
 def _check_content(rows, lora_a, adapter, offsets):
@@ -158,31 +178,32 @@ def _check_content(rows, lora_a, adapter, offsets):
 
 
 @torch.library.register_fake("em3::lora_linear")
-def _forward_fake(x, weight, bias, lora_a, lora_b, scaling, scalings, adapter, offsets, backend):
+def _forward_fake(x, weight, bias, lora_a, lora_b, scaling, scalings, adapter, offsets, seed, dropout, backend):
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
 @torch.library.register_fake("em3::lora_linear_backward")
-def _backward_fake(dy, x, weight, lora_a, lora_b, scaling, scalings, adapter, offsets, need, backend):
+def _backward_fake(dy, x, weight, lora_a, lora_b, scaling, scalings, adapter, offsets, seed, dropout, need, backend):
     d, c = weight.shape
     shapes = ((dy.shape[0], c), (d, c), (d,), lora_a.shape, lora_b.shape)
     return tuple(dy.new_empty(shape if wanted else (0,)) for shape, wanted in zip(shapes, need, strict=True))
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, _, lora_a, lora_b, ctx.scaling, scalings, adapter, offsets, ctx.backend = inputs
+    x, weight, _, lora_a, lora_b, ctx.scaling, scalings, adapter, offsets, seed, ctx.dropout, ctx.backend = inputs
     _, need_weight, _, need_a, need_b = ctx.needs_input_grad[:5]
     kept = x if need_weight or need_a or need_b else None
-    ctx.save_for_backward(kept, weight, lora_a, lora_b, scalings, adapter, offsets)
+    ctx.save_for_backward(kept, weight, lora_a, lora_b, scalings, adapter, offsets, seed)
 
 
 def _autograd(ctx, dy):
-    x, weight, lora_a, lora_b, scalings, adapter, offsets = ctx.saved_tensors
+    x, weight, lora_a, lora_b, scalings, adapter, offsets, seed = ctx.saved_tensors
     need = list(ctx.needs_input_grad[:5])
     grads = torch.ops.em3.lora_linear_backward(
-        dy.contiguous(), x, weight, lora_a, lora_b, ctx.scaling, scalings, adapter, offsets, need, ctx.backend
-    )
-    return (*(g if wanted else None for g, wanted in zip(grads, need, strict=True)), None, None, None, None, None)
+        dy.contiguous(), x, weight, lora_a, lora_b, ctx.scaling, scalings, adapter, offsets, seed, ctx.dropout, need,
+        ctx.backend,
+    )  # fmt: skip
+    return (*(g if wanted else None for g, wanted in zip(grads, need, strict=True)), *[None] * 7)
 
 
 torch.library.register_autograd("em3::lora_linear", _autograd, setup_context=_setup_context)

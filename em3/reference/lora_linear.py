@@ -8,8 +8,12 @@ import torch
 import torch.nn.functional as F
 
 
-def lora_linear(x, weight, bias, lora_a, lora_b, *, scaling=1.0, adapter=None, offsets=None):
+def lora_linear(x, weight, bias, lora_a, lora_b, *, scaling=1.0, adapter=None, offsets=None, drop=None):
+    """``drop``: an ``em3.ops._dropout.Dropout``, or None."""
     y = F.linear(x, weight, bias)  # [..., D]
+    if drop is not None:
+        rows = torch.arange(x[..., 0].numel(), device=x.device)
+        x = x * drop.factors(0, rows[None], x.shape[-1], x.dtype)[0].t().view_as(x)
     if lora_a.dim() == 2:
         return y + scaling * F.linear(F.linear(x, lora_a), lora_b)
     if offsets is not None:

@@ -25,7 +25,7 @@ SHAPES = """
 qformer_attention:
   - {name: tiny, B: 4, N: [9], C: [8], D: 16, H: 2, Q: 3, tokens: trained, quick: true}
 lora_linear:
-  - {name: tiny, T: 64, C: 8, D: 8, R: 2, quick: true}
+  - {name: tiny, T: 64, C: 512, D: 512, R: 2, quick: true}
   - {name: adapters, T: 64, C: 8, D: 8, R: 2, G: 3}
 lora_target_attention:
   - {name: tiny, B: 4, N: 6, C: 8, D: 16, H: 2, R: 2, bank: 30, quick: true}
@@ -82,7 +82,7 @@ def test_a_run_of_its_own(mine, tmp_path):
 def test_winners_are_kept_used_and_withdrawn(mine, pretended, capsys):
     pretended["merged"] = 0.5  # the cost model's answer for so few rows is "separate"
     assert main(["tune", "lora_linear", "--shapes", str(mine), "--device", "cpu"]) == 0
-    assert re.search(r"lora_linear.form +T=64 C=8 D=8 R=2 +separate +merged +2.00x", capsys.readouterr().out)
+    assert re.search(r"lora_linear.form +T=64 C=512 D=512 R=2 +separate +merged +2.00x", capsys.readouterr().out)
     assert entries() == {"lora_linear.form": "merged"}
     trial = tuning.Trial({})
     tuning.try_out(trial)
@@ -92,14 +92,14 @@ def test_winners_are_kept_used_and_withdrawn(mine, pretended, capsys):
     assert table.load(CPU) == {key: "merged"}
     pretended["merged"] = 1.0
     main(["tune", "lora_linear", "--shapes", str(mine), "--device", "cpu"])
-    assert re.search(r"lora_linear.form +T=64 C=8 D=8 R=2 +merged +separate", capsys.readouterr().out)
+    assert re.search(r"lora_linear.form +T=64 C=512 D=512 R=2 +merged +separate", capsys.readouterr().out)
     assert entries() == {}
 
 
 def em3_call():
     import em3
 
-    em3.ops.lora_linear(torch.randn(60, 8), torch.randn(8, 8), None, torch.randn(2, 8), torch.randn(8, 2))
+    em3.ops.lora_linear(torch.randn(60, 512), torch.randn(512, 512), None, torch.randn(2, 512), torch.randn(512, 2))
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,17 @@ def test_starts_where_peft_starts(seed):
     torch.testing.assert_close(ours(x), theirs(x))
 
 
+def test_drops_in_training_only(seed):
+    layer = LoRALinear(6, 5, 2, dropout=0.5)
+    torch.nn.init.normal_(layer.lora_b)
+    x = torch.randn(20, 6)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert torch.equal(layer(x), LoRALinear.forward(layer, x))
+    layer.dropout = 0.0
+    assert torch.equal(layer(x), layer.train()(x))
+
+
 def test_state_dict_round_trip(seed):
     first, second = (LoRALinear(6, 5, 2, num_adapters=3) for _ in range(2))
     second.load_state_dict(first.state_dict())
@@ -98,6 +109,7 @@ def test_meta_device_and_repr():
 @pytest.mark.parametrize(("wrong", "message"), [
     ({"rank": 0}, "rank: was 0, must be at least 1"),
     ({"rank": 2, "num_adapters": 0}, "num_adapters: was 0, must be at least 1, or None"),
+    ({"rank": 2, "dropout": 1.5}, "dropout: was 1.5, must be a probability from 0 to 1"),
 ])  # fmt: skip
 def test_error_messages(wrong, message):
     with pytest.raises(ValueError, match=re.escape(message)):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from em3.backends.torch import lora_linear as torch_backend
 from em3.ops import _checks, _dispatch, lora_linear
+from em3.ops._dropout import Dropout
 from em3.reference.lora_linear import lora_linear as reference
 
 from .. import oracle
@@ -56,6 +57,7 @@ def op(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_reference(shape, dtype, backend, seed):
+    oracle.skip_unless_served(backend, dtype)
     for route in ROUTES if shape[-1] is not None else ROUTES[:1]:
         for frozen in (("weight", "bias"), ()):
             oracle.check(op(backend), reference, make(*shape, route=route, frozen=frozen), dtype, seed)
@@ -101,6 +103,54 @@ def test_any_call_matches_reference(backend, args, dtype):
     if dtype == torch.float64 and backend != "torch":
         dtype = torch.float32
     oracle.check(op(backend), reference, args, dtype)
+
+
+def dropping(backend, p, salt):
+    def call(**args):
+        torch.manual_seed(salt)
+        return lora_linear(**args, dropout=p, backend=backend)
+
+    return call
+
+
+def dropped(p, salt):
+    """The reference with the mask that the operation draws after the same ``manual_seed``."""
+
+    def call(**args):
+        torch.manual_seed(salt)
+        return reference(**args, drop=Dropout(p, torch.randint(torch.iinfo(torch.int64).max, (1,))))
+
+    return call
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_dropout_matches_reference(backend, dtype, seed):
+    oracle.skip_unless_served(backend, dtype)
+
+    @hypothesis_settings(max_examples=25)
+    @given(args=calls(), p=st.sampled_from([0.1, 0.5, 1.0]), salt=st.integers(0, 2**31))
+    def check(args, p, salt):
+        oracle.check(dropping(backend, p, salt), dropped(p, salt), args, dtype, salt)
+
+    check()
+    for shape in SHAPES[1::3]:  # rows enough for several chunks and tiles
+        oracle.check(dropping(backend, 0.3, seed), dropped(0.3, seed), make(*shape), dtype, seed)
+
+
+def test_dropout_is_that_of_peft(seed):
+    """The layer sees all of x, the adapter each number with probability 1 - p, over 1 - p; another call drops others."""
+    args = make((2000,), 4, 4, 4, dtype=torch.float32, bias=False) | {"scaling": 1.0}
+    args |= {"x": torch.ones(2000, 4), "weight": torch.zeros(4, 4), "lora_a": torch.eye(4), "lora_b": torch.eye(4)}
+    first = dropping(None, 0.3, 1)(**args)
+    kept = first > 0
+    torch.testing.assert_close(first[kept], torch.full_like(first[kept], 1 / 0.7))
+    assert (kept.double().mean() - 0.7).abs() < 5 * (0.21 / kept.numel()) ** 0.5
+    assert torch.equal(first, dropping(None, 0.3, 1)(**args))
+    assert not torch.equal(first, dropping(None, 0.3, 2)(**args))
+    weight = torch.randn(4, 4)
+    everything = dropping(None, 1.0, 1)(**args | {"weight": weight})
+    torch.testing.assert_close(everything, torch.nn.functional.linear(args["x"], weight))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -239,9 +289,10 @@ def test_same_bits_twice(shape, backend, seed):
 def test_opcheck(g, route, seed):
     args = make((8,), 5, 4, 3, g, route=route, per_adapter=True, dtype=torch.float32)
     number, tensor = (1.0, args["scaling"]) if isinstance(args["scaling"], torch.Tensor) else (args["scaling"], None)
-    rest = (number, tensor, args.get("adapter"), args.get("offsets"))
+    rest = (number, tensor, args.get("adapter"), args.get("offsets"), None, 0.0)
     x, weight, bias, a, b = (args[k] for k in ("x", "weight", "bias", "lora_a", "lora_b"))
     torch.library.opcheck(torch.ops.em3.lora_linear.default, (x, weight, bias, a, b, *rest, "auto"))
+    torch.library.opcheck(torch.ops.em3.lora_linear.default, (x, weight, bias, a, b, *rest[:-2], torch.tensor([7]), 0.5, "auto"))
     plain = [t.detach() for t in (torch.randn(8, 4), x, weight, a, b)]
     for need in ([True] * 5, [True, False, False, True, True], [False, False, True, True, False]):
         torch.library.opcheck(torch.ops.em3.lora_linear_backward.default, (*plain, *rest, need, "auto"))
@@ -376,6 +427,8 @@ ERRORS = [
     (BY_OFFSETS, {"offsets": torch.tensor([1, 2, 3, 5])}, "offsets: began with 1, must begin with 0"),
     (BY_OFFSETS, {"offsets": torch.tensor([0, 3, 2, 5])}, "offsets: fell from 3 to 2 at entry 2, must not decrease"),
     (BY_OFFSETS, {"offsets": torch.tensor([0, 2, 3, 7])}, "offsets: ended at 7, must not run past the 6 rows"),
+    (ONE, {"dropout": 1.5}, "dropout: was 1.5, must be a probability from 0 to 1"),
+    (ONE, {"dropout": float("nan")}, "dropout: was nan, must be a probability from 0 to 1"),
     (ONE, {"backend": "tocrh"}, "backend: was 'tocrh', must be one of"),
 ]  # fmt: skip
 
@@ -402,4 +455,4 @@ def test_unlooked_indices_never_read_outside(seed, monkeypatch):
 def test_unknown_backend_for_the_operation():
     x, weight, a, b = torch.zeros(1, 2), torch.zeros(2, 2), torch.zeros(1, 2), torch.zeros(2, 1)
     with pytest.raises(_dispatch.BackendError, match="lora_linear has no backend"):
-        torch.ops.em3.lora_linear(x, weight, None, a, b, 1.0, None, None, None, "none")
+        torch.ops.em3.lora_linear(x, weight, None, a, b, 1.0, None, None, None, None, 0.0, "none")

@@ -1,12 +1,14 @@
-"""What the attention kernels' callers share: what they serve, and long items cut into parts.
+"""What the kernels' callers share: what they serve, memory, dropout; and long items cut into parts.
 
-The kernels take parts for items, so that a few long items keep every thread busy.
+The attention kernels take parts for items, so that a few long items keep every thread busy.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from ...ops._dropout import Dropout, threshold
 
 STORED = (torch.float32, torch.bfloat16, torch.float16)  # what rows may be stored in: a tile of them at a time becomes float32
 PART = 256  # tokens that a part of an item has at least, so that its own rows of y stay a small share of the work
@@ -69,3 +71,10 @@ def first(y: Tensor, parts: int) -> Tensor:
 def empty(*shape: int) -> Tensor:
     """Not in torch's default dtype or on its default device: the kernels write float32 on the CPU."""
     return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+def drawn(drop: Dropout | None) -> tuple[int, float, int] | None:
+    """Dropout as the kernels read it."""
+    if drop is None:
+        return None
+    return threshold(drop.p), 1 / (1 - drop.p) if drop.p < 1 else 0.0, int(drop.seed)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...ops._dropout import Dropout, threshold
+from ...ops._dropout import Dropout
 from .. import cpp
 from . import _parts, unavailable
 
@@ -66,7 +66,7 @@ def _whole_forward(u: list[Tensor], c: Tensor | None, w: list[Tensor], values: l
     o, mass, lse = (_parts.empty(*s) for s in ((h, batch, q, w[0].shape[1]), (len(u), h, batch, q), (h, batch, q)))
     cpp.compiled().qformer_attention_forward(
         *_inputs(u, c, w, values, offsets, masks), y, o, mass, lse, torch.get_num_threads(),
-        cpp.isa, _drawn(drop),
+        cpp.isa, _parts.drawn(drop),
     )
     return y, o, mass, lse
 
@@ -123,16 +123,9 @@ def _whole_backward(dout: Tensor, dmass: Tensor | None, u: list[Tensor], c: Tens
         [r.contiguous() for r in y], o.contiguous(), mass.contiguous(), lse.contiguous(), du if need_u else None,
         dc if need_u else None, *([g if n else None for g, n in zip(grads, needs, strict=True)]
                                   for grads, needs in ((dw, need_w), (dx, need_values))),
-        torch.get_num_threads(), cpp.isa, _drawn(drop),
+        torch.get_num_threads(), cpp.isa, _parts.drawn(drop),
     )  # fmt: skip
     return du, dc, dw, dx
-
-
-def _drawn(drop: Dropout | None) -> tuple[int, float, int] | None:
-    """Dropout as the kernel reads it."""
-    if drop is None:
-        return None
-    return threshold(drop.p), 1 / (1 - drop.p) if drop.p < 1 else 0.0, int(drop.seed)
 
 
 def _wide(tensors: list[Tensor]) -> list[Tensor]:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...ops._dropout import Dropout
 from ...tuning import decide
 
 # Elements of a temporary, 4 MiB in float32: memory beyond the results does not grow with the rows. 1, 2, 4 and 8 MiB
@@ -45,23 +46,24 @@ def wins(*args: object) -> bool:
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float,
-            scalings: Tensor | None, adapter: Tensor | None, offsets: Tensor | None) -> Tensor:  # fmt: skip
+            scalings: Tensor | None, adapter: Tensor | None, offsets: Tensor | None,
+            drop: Dropout | None = None) -> Tensor:  # fmt: skip
+    if merges(x, weight, lora_a, drop, MERGE_ROWS):
+        return F.linear(x, merged(weight, lora_a, lora_b, scaling), bias)
     a, b = _factors(lora_a, lora_b, scaling, scalings)
-    if _merges(x, weight, a):
-        return F.linear(x, torch.addmm(weight, b.t(), a), bias)
     rows = _rows(a, adapter, offsets, x)
     y = F.linear(x, weight, bias)  # [T, D]
-    rows.expand_(y, rows.shrink(x, a), b)
+    rows.expand_(y, rows.shrink(_dropped(x, drop), a), b)
     return y
 
 
 def backward(dy: Tensor, x: Tensor | None, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float,
-             scalings: Tensor | None, adapter: Tensor | None, offsets: Tensor | None, need: list[bool],
+             scalings: Tensor | None, adapter: Tensor | None, offsets: Tensor | None, drop: Dropout | None, need: list[bool],
              ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients to x, weight, bias, lora_a and lora_b where needed, an empty tensor for the others."""
     need_x, need_weight, need_bias, need_a, need_b = need
     a, b = _factors(lora_a, lora_b, scaling, scalings)
-    merges = _merges(dy, weight, a)
+    merging = merges(dy, weight, lora_a, drop, MERGE_ROWS)
     rows = _rows(a, adapter, offsets, dy)
     dx, dweight, dbias, da, db, dlow = (dy.new_empty(0) for _ in range(6))
     if x is None:
@@ -69,15 +71,21 @@ def backward(dy: Tensor, x: Tensor | None, weight: Tensor, lora_a: Tensor, lora_
     if need_weight:
         dweight = dy.t() @ x  # [D, C]
     # With the weight's gradient at hand the adapter's follow from it, without another pass over the rows.
-    thin = not (merges and need_weight)
-    if (need_x and not merges) or (need_a and thin):
+    thin = not (merging and need_weight)
+    if (need_x and not merging) or (need_a and thin):
         dlow = rows.shrink(dy, b)  # [T, R]
     if need_x:
-        dx = dy @ (torch.addmm(weight, b.t(), a) if merges else weight)  # [T, C]
-        if not merges:
+        dx = dy @ (merged(weight, lora_a, lora_b, scaling) if merging else weight)  # [T, C]
+        if not merging and drop is None:
             rows.expand_(dx, dlow, a)
+        elif not merging:
+            low_rank = dlow.new_zeros(dx.shape)
+            rows.expand_(low_rank, dlow, a)
+            dx += _dropped(low_rank, drop)
     if need_bias:
         dbias = dy.sum(0)
+    if need_a or need_b:
+        x = _dropped(x, drop)
     if need_a:
         da = (rows.collect(dlow, x) if thin else b @ dweight).to(lora_a.dtype)
     if need_b:
@@ -97,15 +105,31 @@ def _of_adapters(scaling: float, scalings: Tensor | None, dtype: torch.dtype) ->
     return scaling if scalings is None else scalings.to(dtype)[:, None, None]
 
 
-def _merges(x: Tensor, weight: Tensor, a: Tensor) -> bool:
-    """Whether one product with ``W + B A`` serves: one adapter, and rows enough to pay for the sum.
+def merges(x: Tensor, weight: Tensor, lora_a: Tensor, drop: Dropout | None, least: float) -> bool:
+    """Whether one product with ``W + B A`` serves: one adapter that sees x as it is, and at least ``least`` rows.
 
     Never in the half types, where the sum would round small updates away.
     """
-    if a.dim() != 2 or x.dtype != a.dtype:
+    if lora_a.dim() != 2 or x.dtype not in (torch.float32, torch.float64) or drop is not None:
         return False
-    model = "merged" if x.shape[0] >= MERGE_ROWS else "separate"
-    return decide("lora_linear.form", x, "", (x.shape[0], *weight.shape, a.shape[0]), model) == "merged"
+    model = "merged" if x.shape[0] >= least else "separate"
+    return decide("lora_linear.form", x, "", (x.shape[0], *weight.shape, lora_a.shape[0]), model) == "merged"
+
+
+def merged(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+    return torch.addmm(weight, lora_b, lora_a, alpha=scaling)
+
+
+def _dropped(x: Tensor, drop: Dropout | None) -> Tensor:
+    """What the adapter sees of x: under dropout a copy, in float32 for the half types. Of its gradient likewise."""
+    if drop is None:
+        return x
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    out = torch.empty_like(x, dtype=dtype)
+    for span in _spans(*x.shape):
+        rows = torch.arange(span.start, min(span.stop, x.shape[0]), device=x.device)
+        torch.mul(x[span], drop.factors(0, rows[None], x.shape[1], dtype)[0].t(), out=out[span])
+    return out
 
 
 def _spans(count: int, width: int) -> Iterator[slice]:

@@ -1,0 +1,26 @@
+// Rows in one of the types of storage.h, read and written as floats. Compiled once for each instruction set.
+
+// [i] of a row of C numbers as floats.
+EM3_INLINE V load_as(Storage storage, uintptr_t row, int64_t i) {
+  if (storage == Storage::bf16) return load_bf16(reinterpret_cast<const uint16_t*>(row) + i);
+  if (storage == Storage::f16) return load_f16(reinterpret_cast<const uint16_t*>(row) + i);
+  return load(reinterpret_cast<const float*>(row) + i);
+}
+
+static void copy_row(Storage storage, uintptr_t row, int64_t C, float* to) {
+  int64_t c = 0;
+  for (; c + kVec <= C; c += kVec) store(to + c, load_as(storage, row, c));
+  if (c == C) return;
+  const int tail = static_cast<int>(C - c);
+  const int64_t size = bytes_of(storage);
+  float last[kVec] = {};  // of either width
+  const auto* from = reinterpret_cast<const unsigned char*>(row) + c * size;
+  for (int64_t i = 0; i < tail * size; ++i) reinterpret_cast<unsigned char*>(last)[i] = from[i];
+  store_part(to + c, load_as(storage, reinterpret_cast<uintptr_t>(last), 0), tail);
+}
+
+EM3_INLINE void store_as(Storage storage, uintptr_t row, int64_t i, V v) {
+  if (storage == Storage::bf16) return store_bf16(reinterpret_cast<uint16_t*>(row) + i, v);
+  if (storage == Storage::f16) return store_f16(reinterpret_cast<uint16_t*>(row) + i, v);
+  store(reinterpret_cast<float*>(row) + i, v);
+}

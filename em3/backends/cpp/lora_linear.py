@@ -1,0 +1,102 @@
+"""A linear layer with low-rank adapters: the compiled CPU kernel around PyTorch's products with the weight.
+
+The contract of ``forward`` and ``backward`` is that of ``em3.ops.lora_linear``. The kernel adds the low-rank part to what
+the layer gave, where the rows lie: it sorts row numbers by adapter, not rows, and reads x and dy once each in the backward.
+It computes in float32, and rows of a half type are rounded once where they are written.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...ops._dropout import Dropout
+from .. import cpp
+from ..torch import lora_linear as plain
+from . import _parts, unavailable
+
+__all__ = ["backward", "forward", "supports", "unavailable", "wins"]
+
+
+
+def supports(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float,
+             scalings: Tensor | None, adapter: Tensor | None, offsets: Tensor | None,
+             drop: Dropout | None = None) -> str | None:  # fmt: skip
+    if x.device.type != "cpu":
+        return f"it computes on the CPU and the tensors are on {x.device}"
+    if x.dtype not in _parts.STORED:
+        return f"it computes in float32 and the rows are {x.dtype}; convert them or use another backend"
+    if 0 in weight.shape:
+        return f"it reads and writes rows of width 1 and more, and the weight is {list(weight.shape)}"
+    return None
+
+
+def wins(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float,
+         scalings: Tensor | None, adapter: Tensor | None, offsets: Tensor | None,
+         drop: Dropout | None = None) -> bool:  # fmt: skip
+    return True
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float,
+            scalings: Tensor | None, adapter: Tensor | None, offsets: Tensor | None,
+            drop: Dropout | None = None) -> Tensor:  # fmt: skip
+    if plain.merges(x, weight, lora_a, drop, _enough(weight)):
+        return F.linear(x, plain.merged(weight, lora_a, lora_b, scaling), bias)
+    y = F.linear(x, weight, bias)
+    cpp.compiled().lora_linear_forward(
+        _rows(x), *_adapters(lora_a, lora_b, scaling, scalings, adapter, offsets), y, _parts.drawn(drop), torch.get_num_threads(),
+        cpp.isa,
+    )  # fmt: skip
+    return y
+
+
+def backward(dy: Tensor, x: Tensor | None, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float,
+             scalings: Tensor | None, adapter: Tensor | None, offsets: Tensor | None, drop: Dropout | None,
+             need: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    need_x, need_weight, need_bias, need_a, need_b = need
+    merges = plain.merges(dy, weight, lora_a, drop, _enough(weight))
+    if merges and need_weight:  # from which the adapter's gradient follows, without another pass over the rows
+        return plain.backward(dy, x, weight, lora_a, lora_b, scaling, scalings, adapter, offsets, drop, need)
+    dx, dweight, dbias, da, db = (dy.new_empty(0) for _ in range(5))
+    if need_x:
+        dx = dy @ (plain.merged(weight, lora_a, lora_b, scaling) if merges else weight)  # [T, C]
+    if need_weight:
+        assert x is not None
+        dweight = dy.t() @ x  # [D, C]
+    if need_bias:
+        dbias = dy.sum(0)
+    if need_a:
+        da = _parts.empty(*lora_a.shape)
+    if need_b:
+        db = _parts.empty(*lora_b.shape)
+    adds = need_x and not merges
+    if adds or need_a or need_b:
+        cpp.compiled().lora_linear_backward(
+            _rows(dy), _rows(x) if x is not None and (need_a or need_b) else None,
+            *_adapters(lora_a, lora_b, scaling, scalings, adapter, offsets), dx if adds else None,
+            _stacked(da) if need_a else None, _stacked(db) if need_b else None, _parts.drawn(drop), torch.get_num_threads(), cpp.isa,
+        )  # fmt: skip
+    return dx, dweight, dbias, da.to(lora_a.dtype), db.to(lora_b.dtype)
+
+
+def _enough(weight: Tensor) -> float:
+    """Rows from which the sum ``W + B A`` costs fewer multiply-adds than the low-rank products with the rows."""
+    d, c = weight.shape
+    return c * d / (c + d)
+
+
+def _adapters(lora_a: Tensor, lora_b: Tensor, scaling: float, scalings: Tensor | None, adapter: Tensor | None,
+              offsets: Tensor | None) -> tuple:  # fmt: skip
+    """As the kernel reads them."""
+    a, b = (_stacked(t.float()).contiguous() for t in (lora_a, lora_b))
+    index = (None if t is None else t.contiguous().long() for t in (adapter, offsets))
+    return a, b, scaling, None if scalings is None else scalings.contiguous().float(), *index
+
+
+def _stacked(factor: Tensor) -> Tensor:
+    return factor if factor.dim() == 3 else factor[None]
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
