@@ -20,7 +20,7 @@ _KEY = re.compile(r"^base_model\.model\.(?P<layer>.+)\.lora_(?P<factor>[AB])\.we
 _NOT_PLAIN = (
     "use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "modules_to_save", "alora_invocation_tokens",
     "arrow_config", "velora_config", "monteclora_config", "kasa_config", "target_parameters", "trainable_token_indices",
-    "layer_replication", "lora_dropout",
+    "layer_replication",
 )  # fmt: skip
 # Initialisations that change the weight under the adapter.
 _MOVES_THE_WEIGHT = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -53,8 +53,10 @@ def load_lora(model: nn.Module, source: Any) -> dict[str, LoRALinear]:
         _check_fit(name, linear, a, b, _of_layer(fields, "r", "rank_pattern", name))
         alpha = _of_layer(fields, "lora_alpha", "alpha_pattern", name)
         # An empty layer, lest what follows fails halfway: its weight is the model's and only taken over at the end.
-        made[name] = LoRALinear(a.shape[1], len(b), len(a), alpha=alpha, bias=linear.bias is not None,
-                                use_rslora=fields.get("use_rslora", False), device="meta", dtype=linear.weight.dtype)  # fmt: skip
+        made[name] = LoRALinear(
+            a.shape[1], len(b), len(a), alpha=alpha, bias=linear.bias is not None, use_rslora=fields.get("use_rslora", False),
+            dropout=fields.get("lora_dropout", 0.0), device="meta", dtype=linear.weight.dtype,
+        )  # fmt: skip
     for name, layer in made.items():
         linear = _linear(model, name)
         layer.weight, layer.bias = linear.weight.requires_grad_(False), linear.bias
@@ -99,8 +101,9 @@ def save_lora(model: nn.Module, folder: str | Path, config: Any = None) -> None:
             says, has = _of_layer(fields, field, pattern, name), getattr(layer, attribute)
             if says != has:
                 raise ValueError(f"config.{field}: was {says} for {name}, must be {has}, the layer's {attribute}")
-        if bool(fields.get("use_rslora", False)) != layer.use_rslora:
-            raise ValueError(f"config.use_rslora: was {not layer.use_rslora}, must be {layer.use_rslora} as in {name}")
+        for field, has in (("use_rslora", layer.use_rslora), ("lora_dropout", layer.dropout)):
+            if fields.get(field, type(has)()) != has:
+                raise ValueError(f"config.{field}: was {fields.get(field)}, must be {has} as in {name}")
     from safetensors.torch import save
 
     with atomic(Path(folder) / STATE) as file:
@@ -132,7 +135,7 @@ def _check_plain(fields: Mapping[str, Any]) -> None:
         raise ValueError(f"config.peft_type: was {kind!r}, must be 'LORA'")
     for name in _NOT_PLAIN:
         if fields.get(name):
-            raise ValueError(f"config.{name}: was {fields[name]!r}, must be unset: LoRALinear is plain LoRA, without dropout")
+            raise ValueError(f"config.{name}: was {fields[name]!r}, must be unset: LoRALinear is plain LoRA")
     if fields.get("bias", "none") != "none":
         raise ValueError(f"config.bias: was {fields['bias']!r}, must be 'none': LoRALinear trains no bias beside its adapter")
     start = fields.get("init_lora_weights", True)
@@ -199,11 +202,12 @@ def _layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 def _made_config(layers: Mapping[str, LoRALinear]) -> dict[str, Any]:
     first = next(iter(layers.values()))
-    if len({layer.use_rslora for layer in layers.values()}) > 1:
-        raise ValueError("use_rslora: differed between layers, must be the same: PEFT has one for all")
+    for name in ("use_rslora", "dropout"):
+        if len({getattr(layer, name) for layer in layers.values()}) > 1:
+            raise ValueError(f"{name}: differed between layers, must be the same: PEFT has one for all")
     return {
         "peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "bias": "none", "inference_mode": True,
-        "r": first.rank, "lora_alpha": first.alpha, "lora_dropout": 0.0, "use_rslora": first.use_rslora,
+        "r": first.rank, "lora_alpha": first.alpha, "lora_dropout": first.dropout, "use_rslora": first.use_rslora,
         # Patterns of whole names, for PEFT would take any that ends like one.
         "target_modules": "|".join(re.escape(name) for name in layers),
         "rank_pattern": {f"^{re.escape(name)}": layer.rank for name, layer in layers.items()},

@@ -34,7 +34,7 @@ class Served(Patched):
         elif names is not None and (len(names) != len(x) or x.dim() < 2):
             why = "adapter_names do not fit the input"
         elif used and not (self.disable_adapters or self.merged):
-            why = _unserved(self, x, used)
+            why = _unserved(self, x, used, alone=names is None and len(used) == 1)
             if why is None:
                 return _mixed(self, x, used, names) if names is not None else _same(self, x, used)
         if why is not None:
@@ -90,14 +90,14 @@ def weight_of(layer: Any) -> tuple[Tensor, Tensor | None] | str:
     return weight, bias
 
 
-def _unserved(module: Any, x: Tensor, used: list[str]) -> str | None:
+def _unserved(module: Any, x: Tensor, used: list[str], alone: bool) -> str | None:
     """Why this call cannot be served with the adapters that it uses."""
     base = module.base_layer
     why = not_plain(base)
     if why is not None:
         return f"base_layer {why}"
     for name in used:
-        why = _never(module, name) or _drops(module, name)
+        why = _never(module, name) or (None if alone else _drops(module, name))
         dtype = module.lora_A[name].weight.dtype
         if why is None and not (x.dtype == base.weight.dtype == dtype or autocast_is_on(x.device)):
             why = f"adapter {name!r} was {dtype}, must be {base.weight.dtype} like its layer and {x.dtype} input"
@@ -116,13 +116,20 @@ def _never(module: Any, name: str) -> str | None:
         why = not_plain(getattr(module, part)[name])
         if why is not None:
             return f"{part} of adapter {name!r} {why}"
+    dropout = module.lora_dropout[name]
+    if type(dropout) not in (nn.Identity, nn.Dropout):
+        return f"lora_dropout of adapter {name!r} was {type(dropout).__name__}, must be torch.nn.Dropout"
     return None
 
 
-def _drops(module: Any, name: str) -> str | None:
+def _probability(module: Any, name: str) -> float:
+    """With which an adapter drops parts of its input now."""
     dropout = module.lora_dropout[name]
-    quiet = isinstance(dropout, nn.Identity) or (isinstance(dropout, nn.Dropout) and not (dropout.training and dropout.p))
-    return None if quiet else f"adapter {name!r} drops parts of its input"
+    return float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
+def _drops(module: Any, name: str) -> str | None:
+    return f"adapter {name!r} drops parts of its input" if _probability(module, name) else None
 
 
 def _same(module: Any, x: Tensor, used: list[str]) -> Tensor:
@@ -130,7 +137,7 @@ def _same(module: Any, x: Tensor, used: list[str]) -> Tensor:
     base, factors = module.base_layer, [(module.lora_A[n].weight, module.lora_B[n].weight, module.scaling[n]) for n in used]
     if len(factors) == 1:
         a, b, scaling = factors[0]
-        return lora_linear(x, base.weight, base.bias, a, b, scaling=scaling)
+        return lora_linear(x, base.weight, base.bias, a, b, scaling=scaling, dropout=_probability(module, used[0]))
     a, b = torch.cat([a for a, _, _ in factors]), torch.cat([scaling * b for _, b, scaling in factors], 1)
     return lora_linear(x, base.weight, base.bias, a, b)
 

@@ -34,9 +34,10 @@ def patch(model: nn.Module) -> dict[str, str]:
 
     - Adapters may be switched, merged, disabled, several of them active, and mixed in a batch by ``adapter_names``, as
       without the patch.
-    - Its own way go: adapters that are not plain LoRA (DoRA and the like) or have a bias, for their formula is another;
-      adapters that drop parts of their input in training; adapters of another dtype than their layer without autocast, as
-      PEFT makes them float32 in a half model, for em3 would round them.
+    - Dropout drops as much of an adapter's input as PyTorch's, but other numbers with the same seed.
+    - PEFT's own way go: adapters that are not plain LoRA (DoRA and the like) or have a bias, for their formula is another;
+      several active at once of which one drops, for each has a mask of its own; adapters of another dtype than their layer
+      without autocast, as PEFT makes them float32 in a half model, for em3 would round them.
 
     Args:
         model: the model, or any module that holds such modules.

@@ -38,7 +38,7 @@ def factors(model):
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"use_rslora": True}, {"rank_pattern": {"1.0": 2}, "alpha_pattern": {"^2": 9}}, {"target_modules": r"1\.[02]"},
+    {}, {"use_rslora": True}, {"lora_dropout": 0.3}, {"rank_pattern": {"1.0": 2}, "alpha_pattern": {"^2": 9}}, {"target_modules": r"1\.[02]"},
 ], ids=str)  # fmt: skip
 def test_a_folder_there_and_back(options, tmp_path, seed):
     model, x = base(), torch.randn(7, 8)
@@ -49,7 +49,8 @@ def test_a_folder_there_and_back(options, tmp_path, seed):
     assert layers == {name: m for name, m in model.named_modules() if isinstance(m, em3.LoRALinear)}
     assert {"base_model.model." + name for name in layers} == {n.partition(".lora_")[0] for n, _ in factors(theirs).items()}
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters() if name in weights)
-    want, got = theirs(x), model(x)
+    assert {layer.dropout for layer in layers.values()} == {options.get("lora_dropout", 0.0)}
+    want, got = theirs.eval()(x), model.eval()(x)
     assert relative_error(got.detach(), want.detach()) <= 1e-5
     grad = torch.randn(want.shape)
     want.backward(grad)
@@ -95,7 +96,7 @@ def test_of_a_configuration_and_a_state(seed):
 
 @pytest.mark.parametrize(("options", "message"), [
     (dict(use_dora=True), "config.use_dora: was True, must be unset: LoRALinear is plain LoRA"),
-    (dict(lora_dropout=0.1), "config.lora_dropout: was 0.1, must be unset"),
+    (dict(use_bdlora={"nblocks": 2}), "config.use_bdlora: was {'nblocks': 2}, must be unset"),
     (dict(lora_bias=True), "config.lora_bias: was True, must be unset"),
     (dict(bias="all"), "config.bias: was 'all', must be 'none'"),
     (dict(init_lora_weights="pissa"), "config.init_lora_weights: was 'pissa', which changes the weight under the adapter"),
@@ -141,6 +142,7 @@ def test_what_cannot_be_saved(tmp_path, seed):
     save_lora(model, tmp_path, config)
     for wrong, message in [({"r": 3}, "config.r: was 3 for 0, must be 2, the layer's rank"),
                            ({"lora_alpha": 1}, "config.lora_alpha: was 1 for 0, must be 4, the layer's alpha"),
+                           ({"lora_dropout": 0.5}, "config.lora_dropout: was 0.5, must be 0.0 as in 0"),
                            ({"use_rslora": True}, "config.use_rslora: was True, must be False as in 0")]:  # fmt: skip
         with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
             save_lora(model, tmp_path / "not", config | wrong)
