@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import qformer_attention, qformer_attention_weights
-from ._foreign import QFORMERS, not_plain, qformer_classes
+from ._foreign import QFORMERS, qformer_classes
 from ._patched import Patched, say_once, subclass
+from .lora_patch import never_a_product, weight_of
 
 WHAT = "the cross-attention of a transformers Q-Former (BLIP-2, InstructBLIP)"
+_Weights = tuple[Tensor, Tensor | None]
 _ARGUMENTS = ["self", "hidden_states", "attention_mask", "encoder_hidden_states", "encoder_attention_mask", "kwargs"]
 
 
@@ -23,7 +25,9 @@ class Served(Patched):
     def forward(self: Any, hidden_states: Tensor, attention_mask: Any = None, encoder_hidden_states: Tensor | None = None,
                 encoder_attention_mask: Any = None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """The heads' outputs side by side ``[B, Q, D]``, which the next module projects, and the map ``[B, H, Q, N]`` or None."""
-        why, seen = _unserved(self, encoder_hidden_states, encoder_attention_mask)
+        why, seen = _seen(encoder_hidden_states, encoder_attention_mask)
+        key, value = weight_of(self.key), weight_of(self.value)
+        why = why or _first_reason(key, value)
         if why is not None or encoder_hidden_states is None:
             say_once(f"a call of {self.em3_class.__name__}", str(why))
             own: tuple[Tensor, Tensor | None] = super().forward(
@@ -36,16 +40,16 @@ class Served(Patched):
             tokens = tokens.expand(len(query), -1, -1)
         elif len(query) == 1:
             query = query[0]  # shared by all items
-        key, value = self.key, self.value
+        (w_k, b_k), (w_v, b_v) = cast(_Weights, key), cast(_Weights, value)
         of = dict(num_heads=self.num_attention_heads, scale=self.scaling,
                   masks=[None if seen is None else seen.expand(len(tokens), -1)])  # fmt: skip
         out = qformer_attention(
-            query, [tokens], None, [key.weight], [value.weight], None, None, [key.bias], [value.bias],
+            query, [tokens], None, [w_k], [w_v], None, None, [b_k], [b_v],
             dropout=self.attention_dropout if self.training else 0.0, **of,
         )  # fmt: skip
         if not kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)):
             return out, None
-        (found,) = qformer_attention_weights(query, [tokens], None, [key.weight], None, [key.bias], **of)
+        (found,) = qformer_attention_weights(query, [tokens], None, [w_k], None, [b_k], **of)
         return out, found  # type: ignore[return-value]  # of a padded stream
 
 
@@ -59,24 +63,19 @@ def refusal(module: Any) -> str | None:
     takes = list(inspect.signature(type(module).forward).parameters)
     if takes != _ARGUMENTS:
         return f"its forward takes {', '.join(takes[1:])}, must take {', '.join(_ARGUMENTS[1:])}, as in transformers 5"
-    return _not_plain(module)
+    return _first_reason(never_a_product(module.key), never_a_product(module.value))
 
 
-def _not_plain(module: Any) -> str | None:
-    for name in ("key", "value"):
-        why = not_plain(getattr(module, name))
-        if why is not None:
-            return f"{name} {why}"
-    return None
+def _first_reason(key: object, value: object) -> str | None:
+    return next((f"{name} {of}" for name, of in (("key", key), ("value", value)) if isinstance(of, str)), None)
 
 
-def _unserved(module: Any, tokens: Tensor | None, mask: Any) -> tuple[str | None, Tensor | None]:
+def _seen(tokens: Tensor | None, mask: Any) -> tuple[str | None, Tensor | None]:
     """Why this call cannot be served, or which tokens are real, ``[B or 1, N]``, None for all."""
     if tokens is None:
         return "it has no encoder_hidden_states", None
-    why = _not_plain(module)
-    if why is not None or mask is None:
-        return why, None
+    if mask is None:
+        return None, None
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         was = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         return f"encoder_attention_mask was {was}, must be [B, N] or [B, 1, Q, N]", None
