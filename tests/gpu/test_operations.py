@@ -84,11 +84,21 @@ def test_lora_target_attention(lengths, strategy, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", oracle.backends("contrastive_loss", DEVICE))
 @pytest.mark.parametrize("duplicates", ["mask", "positive", "keep"])
 @pytest.mark.parametrize("b", [64, 2100])
-def test_contrastive_loss(b, duplicates, dtype):
+def test_contrastive_loss(b, duplicates, backend, dtype):
     args = cl.make(b, 32, ids=b // 2, log_q=True, weight=True, duplicates=duplicates)
-    oracle.check(cl.op("torch"), reference.contrastive_loss, on_gpu(args), dtype)
+    oracle.check(cl.op(backend), reference.contrastive_loss, on_gpu(args), dtype)
+
+
+@pytest.mark.parametrize("backend", oracle.backends("contrastive_loss", DEVICE))
+@pytest.mark.parametrize("v", [40, 77, 128, 200, 768])
+def test_contrastive_loss_of_every_width(v, backend):
+    """Every tile of the kernels, with more blocks of rows than programs; the tensor cores must not lose digits of long sums."""
+    args = on_gpu(cl.make(5000, v, k=300, ids=4000, log_q=True, weight=True))
+    oracle.check(cl.op(backend), reference.contrastive_loss, args, torch.float32)
+    oracle.same_bits_twice(cl.op(backend), oracle.convert(args, torch.float32))
 
 
 def test_a_row_number_outside_the_bank_is_missing_and_an_error_under_debug_checks():

@@ -1,11 +1,12 @@
-"""Triton kernels compiled for GPUs that need not be here: ``python -m tests.kernels.compiled`` prints what each takes.
+"""Triton kernels compiled for GPUs that need not be here: ``python -m tests.kernels.compiled [OP]`` prints what each takes.
 
 Exit status 1 if any tile of the tuning tables needs a stack (spilled registers lie there), or more shared memory than the
-smallest GPU of compute capability 8.0 and more has for a program.
+GPUs that it is for have for a program.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import sys
@@ -18,29 +19,32 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from em3.kernels import qformer_attention as kernels
+from em3.kernels import contrastive_loss, qformer_attention
 
 TARGETS = (80, 90, 100)
-SHARED = 99 * 1024  # bytes; compute capability 8.6 and 8.9, 12.0. 8.0 has 163 KiB, 9.0 and 10.0 have 227
-FUNCTIONS = {
-    "forward": kernels._forward,
-    "query_gradient": kernels._query_gradient,
-    "token_gradient": kernels._token_gradient,
+# Bytes of shared memory for a program. What is for all GPUs must fit in those of compute capability 8.6, 8.9 and 12.0.
+SHARED, LARGE = 99 * 1024, 227 * 1024
+QFORMER = {
+    "forward": qformer_attention._forward,
+    "query_gradient": qformer_attention._query_gradient,
+    "token_gradient": qformer_attention._token_gradient,
 }
+CONTRAST = {"statistics": contrastive_loss._statistics, "gradient": contrastive_loss._gradient}
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class Case(NamedTuple):
-    """One compilation. ``aligned``: the kernels' UNIT is 8, and the tokens begin at a multiple of 16 bytes."""
+    """One compilation."""
 
     kernel: str
-    dtype: torch.dtype
-    tile: kernels.Config
+    function: Any
     target: int
-    precision: str = "ieee"
-    aligned: bool = True
-    per_item: bool = False
-    tokens: str = "jagged"  # or "padded", or "masked"
+    tile: Any  # the kernels' Config
+    types: dict[str, str]  # of the arguments; those in neither are i32
+    constants: dict[str, Any]
+    even: frozenset[str]  # arguments that are multiples of 16
+    shared: int  # bytes that a program may take
+    words: str
 
 
 class Taken(NamedTuple):
@@ -49,24 +53,15 @@ class Taken(NamedTuple):
     shared: int  # bytes a program
 
 
-def tiles(kernel: str, dtype: torch.dtype, aligned: bool = True, tokens: str = "jagged") -> list[kernels.Config]:
-    kind = kernels.kind(dtype, aligned, tokens == "masked")
-    return [kernels.Config(*tile) for _, *tile in kernels._table()[kernel][kind]]
-
-
-def cases(dtypes: tuple[torch.dtype, ...] = tuple(TYPES), **others: Any) -> Iterator[Case]:
-    """Every tile of the tables for every target."""
-    for name in FUNCTIONS:
-        for dtype in dtypes:
-            for tile in tiles(name, dtype, others.get("aligned", True), others.get("tokens", "jagged")):
-                for target in TARGETS:
-                    yield Case(name, dtype, tile, target, **others)
-
-
 def taken(case: Case) -> Taken:
     """Compiles; what the assembler says of the machine code."""
-    source = ASTSource(FUNCTIONS[case.kernel], *_signature(case))
-    options = dict(num_warps=case.tile.warps, num_stages=case.tile.stages, maxnreg=kernels.REGISTERS)
+    names = case.function.arg_names
+    signature = {n: "constexpr" if n in case.constants else case.types.get(n, "i32") for n in names}
+    source = ASTSource(
+        case.function, signature, {(names.index(n),): value for n, value in case.constants.items()},
+        {(names.index(n),): [["tt.divisibility", 16]] for n, type_ in signature.items() if n in case.even and type_ != "constexpr"},
+    )  # fmt: skip
+    options = dict(num_warps=case.tile.warps, num_stages=case.tile.stages, maxnreg=qformer_attention.REGISTERS)
     done = triton.compile(source, target=GPUTarget("cuda", case.target, 32), options=options)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     cubin = Path(done.metadata_group[next(name for name in done.metadata_group if name.endswith(".cubin"))])
@@ -75,47 +70,92 @@ def taken(case: Case) -> Taken:
     return Taken(registers, stack, done.metadata.shared)
 
 
-def _signature(case: Case) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
-    tokens = "*" + TYPES[case.dtype]
-    types = dict.fromkeys(("u", "x", "y", "dy", "dx"), tokens) | dict.fromkeys(("c", "dshift", "lse", "dc"), "*fp32")
-    types["du"] = tokens if case.per_item else "*fp32"
-    constants: dict[str, Any] = dict(
-        ROWS=case.tile.rows, TOKENS=case.tile.tokens, WIDTH=case.tile.width, CHUNK=case.tile.chunk,
-        UNIT=8 if case.aligned else 1, PRECISION=case.precision, PER_ITEM=case.per_item,
-    )  # fmt: skip
-    present = {"jagged": {"offsets": "*i64"}, "padded": {}, "masked": {"mask": "*u8"}}[case.tokens]
-    types |= present
-    constants |= dict.fromkeys({"offsets", "mask"} - set(present))
-    names = FUNCTIONS[case.kernel].arg_names
-    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
-    wide = [n for n in names if n in types and (case.aligned or n != "x")]
-    return (
-        signature,
-        {(names.index(n),): value for n, value in constants.items()},
-        {(names.index(n),): [["tt.divisibility", 16]] for n in wide},
-    )
+def qformer(dtypes: tuple[torch.dtype, ...] = tuple(TYPES), *, precision: str = "ieee", aligned: bool = True,
+            per_item: bool = False, tokens: str = "jagged") -> Iterator[Case]:  # fmt: skip
+    """Every tile of the table, for every target.
+
+    ``aligned``: the kernels' UNIT is 8, and the tokens begin at a multiple of 16 bytes. ``tokens`` are ``"padded"``,
+    ``"masked"`` or ``"jagged"``.
+    """
+    present = {"jagged": {"offsets": "*i64"}, "padded": {}, "masked": {"mask": "*u8"}}[tokens]
+    for (name, function), dtype in itertools.product(QFORMER.items(), dtypes):
+        token = "*" + TYPES[dtype]
+        types = dict.fromkeys(("u", "x", "y", "dy", "dx"), token) | dict.fromkeys(("c", "dshift", "lse", "dc"), "*fp32")
+        types |= {"du": token if per_item else "*fp32"} | present
+        kind = qformer_attention.kind(dtype, aligned, tokens == "masked")
+        for (_, *numbers), target in itertools.product(qformer_attention._table()[name][kind], TARGETS):
+            tile = qformer_attention.Config(*numbers)
+            constants = dict(
+                ROWS=tile.rows, TOKENS=tile.tokens, WIDTH=tile.width, CHUNK=tile.chunk, UNIT=8 if aligned else 1,
+                PRECISION=precision, PER_ITEM=per_item,
+            ) | dict.fromkeys({"offsets", "mask"} - set(present))  # fmt: skip
+            flags = [TYPES[dtype], precision, *["aligned"] * aligned, *["per_item"] * per_item, tokens]
+            yield Case(name, function, target, tile, types, constants, frozenset(types) - frozenset("x" * (not aligned)), SHARED, " ".join(flags))
 
 
-def main() -> int:
-    failed = 0
+def contrast(given: str = "ids offset", asked: str = "rows cols", coarse: bool = False) -> Iterator[Case]:
+    """Every tile of the table, for the target that it is for. ``coarse``: one product, where TF32 is allowed."""
+    for target, (name, function) in itertools.product(TARGETS, CONTRAST.items()):
+        names = set(function.arg_names)
+        loose = {n: "*i32" for n in names if n.endswith("_ids")}
+        loose |= {n: "*fp32" for n in names if n.endswith(("_offset", "_lse", "_grad"))}
+        types = dict.fromkeys(names & {"x", "x_low", "y", "y_low", "a", "a_low", "b", "b_low"}, "*fp16")
+        types |= dict.fromkeys(names & {"x_size", "y_size", "a_size", "b_size", "rows", "cols", "da", "dscale", "doffset"}, "*fp32")
+        absent = {n for n in names if n.endswith("_low")} if coarse else set()
+        absent |= {n for n in names for what in ("ids", "offset") if n.endswith(what) and what not in given}
+        absent |= {n for way, words in (("rows", ("rows", "a_lse", "a_grad")), ("cols", ("cols", "b_lse", "b_grad")))
+                   for n in words if n in names and way not in asked}  # fmt: skip
+        for _, *numbers in contrastive_loss._table()[f"sm_{target}"][name]:
+            tile = contrastive_loss.Config(*numbers)
+            constants = dict(ROWS=tile.rows, COLS=tile.cols, WIDTH=tile.width, CHUNK=tile.chunk, OWN=True) | dict.fromkeys(absent)
+            yield Case(name, function, target, tile, types | loose | {"scale": "*fp64"}, constants, frozenset(types) | {"V"},
+                       SHARED if target == 80 else LARGE, f"{'tf32' if coarse else 'float32'} {given or 'plain'}, {asked}")  # fmt: skip
+
+
+def splitting() -> Iterator[Case]:
+    """The vectors of ``contrastive_loss`` may lie anywhere."""
+    types = {"x": "*fp32", "high": "*fp16", "low": "*fp16", "size": "*fp32"}
+    tile = contrastive_loss.SPLIT
+    for target in TARGETS:
+        constants = dict(ROWS=tile.rows, WIDTH=tile.width)
+        yield Case("split", contrastive_loss._split, target, tile, types, constants, frozenset({"high", "low", "size", "V"}), SHARED, "")
+
+
+def cases(op: str) -> Iterator[Case]:
     half, full = (torch.bfloat16,), (torch.float32,)
-    every = [
-        *cases(), *cases(half, tokens="masked"), *cases(half, per_item=True, tokens="padded"),
-        *cases(full, per_item=True, tokens="masked"), *cases(full, precision="tf32", tokens="masked"),
-        *cases(half, aligned=False, tokens="masked"), *cases(full, aligned=False, tokens="masked"),
-        *cases(full, aligned=False, precision="tf32"),
-    ]  # fmt: skip
+    if op == "qformer_attention":
+        yield from qformer()
+        yield from qformer(half, tokens="masked")
+        yield from qformer(half, per_item=True, tokens="padded")
+        yield from qformer(full, per_item=True, tokens="masked")
+        yield from qformer(full, precision="tf32", tokens="masked")
+        yield from qformer(half, aligned=False, tokens="masked")
+        yield from qformer(full, aligned=False, tokens="masked")
+        yield from qformer(full, aligned=False, precision="tf32")
+    if op == "contrastive_loss":
+        yield from contrast()
+        yield from contrast(given="")
+        yield from contrast(coarse=True)
+        yield from contrast(given="", asked="rows", coarse=True)
+        yield from splitting()
+
+
+OPS = ("qformer_attention", "contrastive_loss")
+
+
+def main(ops: list[str]) -> int:
+    every = [case for op in ops or OPS for case in cases(op)]
+    failed = 0
     for case in every:
         got = taken(case)
-        bad = got.stack > 0 or got.shared > SHARED
+        bad = got.stack > 0 or got.shared > case.shared
         failed += bad
-        flags = [case.precision, *(n for n in ("aligned", "per_item") if getattr(case, n)), case.tokens]
         tile = "x".join(map(str, case.tile))
-        print(f"{case.kernel:<16}{TYPES[case.dtype]} sm_{case.target:<5}{tile:<24}{got.registers:>4} registers"
-              f"{got.stack:>6} B stack{got.shared:>8} B shared  {' '.join(flags)}{'  BAD' if bad else ''}", flush=True)  # fmt: skip
+        print(f"{case.kernel:<16}sm_{case.target:<5}{tile:<24}{got.registers:>4} registers{got.stack:>6} B stack"
+              f"{got.shared:>8} B shared  {case.words}{'  BAD' if bad else ''}", flush=True)  # fmt: skip
     print(f"{len(every)} compiled, {failed} bad")
     return int(failed > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

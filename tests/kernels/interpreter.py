@@ -22,9 +22,12 @@ def _patched_tensor(tensor: Any, scope: Any) -> None:
 
 
 def _dot(self: Any, a: Any, b: Any, *others: Any) -> Any:
-    """It multiplies the bits of bfloat16 as if they were integers."""
-    a, b = (Handle(_widened(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
-    return _create_dot(self, a, b, *others)
+    """It multiplies the bits of bfloat16 as if they were integers, and takes ten times as long for float16 as for float32."""
+    return _create_dot(self, *(_in_float32(x) if x.dtype.scalar in (tl.bfloat16, tl.float16) else x for x in (a, b)), *others)
+
+
+def _in_float32(x: Any) -> Any:
+    return Handle(_widened(x.data) if x.dtype.scalar == tl.bfloat16 else x.data.astype(np.float32), tl.float32)
 
 
 def _cast(self: Any, src: Any, dst_type: Any) -> Any:

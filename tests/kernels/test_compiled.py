@@ -9,14 +9,17 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from tests.kernels import compiled
 
-SHAPE = 512  # columns of bf16 tokens, the heaviest use of registers in the table
+WIDEST = 512  # columns of bf16 tokens, the heaviest use of registers in that table
 CASES = [
-    compiled.Case(name, torch.bfloat16, tile, target)
-    for name in compiled.FUNCTIONS
-    for tile in compiled.tiles(name, torch.bfloat16)
-    for target in compiled.TARGETS
-    if tile.width == tile.chunk == SHAPE
+    *(case for case in compiled.qformer((torch.bfloat16,)) if case.tile.width == case.tile.chunk == WIDEST),
+    *(case for case in compiled.contrast() if case.tile.width == case.tile.chunk == 128),
 ]
+TABLES = [
+    *(pytest.param(compiled.qformer_attention, name, rows, id=f"{name}, {kind}")
+      for name, kinds in compiled.qformer_attention._table().items() if name in compiled.QFORMER for kind, rows in kinds.items()),
+    *(pytest.param(compiled.contrastive_loss, name, rows, id=f"{name}, sm_{target}")
+      for target in compiled.TARGETS for name, rows in compiled.contrastive_loss._table()[f"sm_{target}"].items()),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.kernel}-sm_{case.target}")
@@ -24,19 +27,19 @@ def test_nothing_is_spilled(case, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     taken = compiled.taken(case)
     assert taken.stack == 0
-    assert taken.shared <= compiled.SHARED
+    assert taken.shared <= case.shared
 
 
-@pytest.mark.parametrize("kernel", compiled.FUNCTIONS)
-def test_the_tables_serve_every_width(kernel):
-    for kind, rows in compiled.kernels._table()[kernel].items():
-        widths = [up_to for up_to, *_ in rows]
-        assert widths[-1] is None, f"{kernel}, {kind}: no tile for wide tokens"
-        assert widths[:-1] == sorted(widths[:-1])
-        for up_to, *numbers in rows:
-            tile = compiled.kernels.Config(*numbers)
-            if tile.chunk == tile.width:
-                assert up_to is not None
-                assert up_to <= tile.width, f"{kernel}, {kind}: a tile that is read once must hold all columns"
-            assert tile.width % tile.chunk == 0
-            assert min(tile.rows, tile.tokens, tile.chunk) >= 16, "the smallest product of tensor cores"
+@pytest.mark.parametrize(("module", "kernel", "rows"), TABLES)
+def test_the_tables_serve_every_width(module, kernel, rows):
+    widths = [up_to for up_to, *_ in rows]
+    assert widths[-1] is None, "no tile for wide rows"
+    assert widths[:-1] == sorted(widths[:-1])
+    for up_to, *numbers in rows:
+        tile = module.Config(*numbers)
+        if tile.chunk == tile.width:
+            assert up_to is not None
+            assert up_to <= tile.width, "a tile that is read once must hold all columns"
+        assert tile.width % tile.chunk == 0
+        assert min(tile[:2]) >= 16, "the smallest product of tensor cores"
+        assert tile.chunk >= 16

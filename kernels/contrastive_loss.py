@@ -1,0 +1,435 @@
+"""``contrastive_loss`` in Triton: the matrix of logits ``S = scale x y^T``, made tile by tile and never kept.
+
+Forward: a program has a rectangle of the matrix, some blocks of rows against some tiles of columns. Each tile gives its
+share of both statistics: rows keep theirs in registers while their block meets the columns, columns keep theirs in the
+program's own place in memory, from one block of rows to the next. What the rectangles found is joined afterwards, in
+order. About as many rectangles as the GPU runs programs, and nearly square, so that this costs a few numbers a row.
+
+Backward: one kernel, launched for the rows and, with x and y exchanged, for the columns. A program makes the logits of one
+block against the others again, adds up the gradient to the block in registers, and beside it what the scale and the
+offsets need. Nothing is added atomically: the same inputs give the same bits.
+
+Two forms, chosen by CHUNK. With CHUNK == WIDTH all V columns of the embeddings fit in WIDTH: a tile is read once and serves
+both products. With CHUNK < WIDTH logits are summed over chunks of V, and a program of the backward sums only its slice of
+WIDTH columns.
+
+float32 comes out of the tensor cores. A vector is split once into two numbers of float16 an element, under a power of two
+of its own: ``x = size (high + low)``, which keeps 22 bits. Three products of these give one of float32 (``low low`` is
+beneath it); where torch allows TF32, whose 11 bits ``high`` has too, the first of them stands for it. The tensor cores cut
+off what they add up, so large sums leave them after every tile, and small products are summed before large ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+REGISTERS = 255  # all that a thread can have; see qformer_attention.py
+STEP = 16  # what V is a multiple of
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+class Split(NamedTuple):
+    """Vectors for the tensor cores; V is padded with zeros to a multiple of 16."""
+
+    high: Tensor  # [A, V] float16
+    low: Tensor | None  # [A, V] float16; None for products in TF32
+    size: Tensor  # [A] float32
+
+
+class Side(NamedTuple):
+    """The rows or the columns of the matrix."""
+
+    vectors: Split
+    ids: Tensor | None  # [N] int32, 0 or more
+    offset: Tensor | None  # [A]
+    anchors: int  # N <= A: those that have a statistic and an id
+
+
+class Sheet(NamedTuple):
+    """The matrix of logits that is never formed."""
+
+    rows: Side
+    cols: Side
+    scale: Tensor  # [] float64
+    own: bool  # whether row i is column i
+
+
+class Config(NamedTuple):
+    """The tile of one kernel; see the module's docstring."""
+
+    rows: int
+    cols: int
+    width: int
+    chunk: int
+    warps: int
+    stages: int
+
+
+SPLIT = Config(rows=8, cols=0, width=128, chunk=128, warps=4, stages=1)  # it has one side only
+
+
+@triton.jit
+def _power_below(x):
+    """The power of two that ``x / 256`` has in front, and one over it; both normal numbers, whatever ``x`` is."""
+    bits = tl.minimum(tl.maximum(x.to(tl.int32, bitcast=True) & 0x7F800000, 0x0D800000), 0x71800000)  # 2^-100 to 2^100
+    bits -= 0x04000000
+    return bits.to(tl.float32, bitcast=True), (0x7F000000 - bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _halves(x):
+    """``x``, whose largest is under 512, as a sum of two numbers in float16."""
+    high = x.to(tl.float16)
+    return high, (x - high.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def _split(x, high, low, size, A, C, stride, V, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows ``[A, C]`` that lie ``stride`` apart, split."""
+    i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    top = tl.zeros((ROWS,), tl.float32)
+    for first in range(0, C, WIDTH):
+        col = first + tl.arange(0, WIDTH)
+        seen = tl.load(x + i[:, None] * stride + col[None, :], mask=(i < A)[:, None] & (col < C)[None, :], other=0.0)
+        top = tl.maximum(top, tl.max(tl.abs(seen), 1))
+    power, one_over = _power_below(top)
+    tl.store(size + i, power, mask=i < A)
+    for first in range(0, V, WIDTH):
+        col = first + tl.arange(0, WIDTH)
+        seen = tl.load(x + i[:, None] * stride + col[None, :], mask=(i < A)[:, None] & (col < C)[None, :], other=0.0)
+        large, small = _halves(seen * one_over[:, None])
+        place, inside = i[:, None] * V + col[None, :], (i < A)[:, None] & (col < V)[None, :]
+        tl.store(high + place, large, mask=inside)
+        if low is not None:
+            tl.store(low + place, small, mask=inside)
+
+
+@triton.jit
+def _tile(base, at, row_in, first, V, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Columns ``first`` and on of ROWS rows from row ``at`` of ``base``, zero outside; where there is no base, nothing."""
+    tile = None
+    if base is not None:
+        col = first + tl.arange(0, WIDTH)
+        place = tl.arange(0, ROWS)[:, None] * V + col[None, :]
+        tile = tl.load(base + tl.cast(at, tl.int64) * V + place, mask=row_in[:, None] & (col < V)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def _product(a, a_low, b, b_low):
+    """``a b`` of split matrices; the smaller terms first."""
+    if a_low is not None:
+        return tl.dot(a, b, tl.dot(a, b_low, tl.dot(a_low, b)))
+    else:
+        return tl.dot(a, b)
+
+
+@triton.jit
+def _products(a, a_low, a_at, a_in, b, b_low, b_at, b_in, V, A: tl.constexpr, B: tl.constexpr, CHUNK: tl.constexpr):
+    """``a b^T`` of A rows of ``a`` and B rows of ``b``, a chunk of V at a time."""
+    out = tl.zeros((A, B), tl.float32)
+    rest = tl.zeros((A, B), tl.float32)
+    for first in range(0, V, CHUNK):
+        left = _tile(a, a_at, a_in, first, V, A, CHUNK)
+        right = _tile(b, b_at, b_in, first, V, B, CHUNK)
+        out = tl.dot(left, tl.trans(right), out)
+        if a_low is not None:
+            rest = tl.dot(left, tl.trans(_tile(b_low, b_at, b_in, first, V, B, CHUNK)), rest)
+            rest = tl.dot(_tile(a_low, a_at, a_in, first, V, A, CHUNK), tl.trans(right), rest)
+    return out + rest
+
+
+@triton.jit
+def _transposed(tile):
+    if tile is not None:
+        tile = tl.trans(tile)
+    return tile
+
+
+@triton.jit
+def _keys(ids, at, anchors, none: tl.constexpr):
+    """What must differ between a row and its candidate: the items' numbers, or else the places."""
+    key = at
+    if ids is not None:
+        key = tl.load(ids + at, mask=at < anchors, other=none)
+    return key
+
+
+@triton.jit
+def _plus(s, offset, at, count, AXIS: tl.constexpr):
+    """``s`` with the offsets of the candidates along an axis added, both in base 2."""
+    if offset is not None:
+        s += tl.expand_dims(tl.load(offset + at, mask=at < count, other=0.0) * LOG2E, AXIS)
+    return s
+
+
+@triton.jit
+def _merged(top, total, s, AXIS: tl.constexpr):
+    """Largest logits and sums of exponentials beneath them, after those of a tile have come to them."""
+    new = tl.maximum(top, tl.max(s, AXIS))
+    safe = tl.where(new == float("-inf"), 0.0, new)  # no candidate so far: every term is exp(-inf) = 0
+    return new, total * tl.exp2(top - safe) + tl.sum(tl.exp2(s - tl.expand_dims(safe, AXIS)), AXIS)
+
+
+@triton.jit
+def _statistics(x, x_low, x_size, y, y_low, y_size, scale, row_ids, col_ids, row_offset, col_offset, rows, cols, B, N, M, V,
+                row_share, col_share, groups, splits,
+                OWN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr,
+                CHUNK: tl.constexpr):  # fmt: skip
+    """``rows [2, splits, B]`` and ``cols [2, groups, N]``, the largest logits and the sums beneath them, in base 2."""
+    pid = tl.program_id(0)
+    group = pid // splits
+    split = pid % splits
+    factor = (tl.load(scale) * LOG2E).to(tl.float32)
+    row_at = split.to(tl.int64) * B
+    col_at = group.to(tl.int64) * N
+    first_row = group * row_share
+    first_col = split * col_share
+    last_row = tl.minimum(first_row + row_share, B)
+    last_col = tl.minimum(first_col + col_share, M)
+    for r in range(first_row, last_row, ROWS):
+        i = r + tl.arange(0, ROWS)
+        row_in = i < B
+        if CHUNK == WIDTH:
+            left = _tile(x, r, row_in, 0, V, ROWS, WIDTH)
+            left_low = _tile(x_low, r, row_in, 0, V, ROWS, WIDTH)
+        row_size = tl.load(x_size + i, mask=row_in, other=0.0) * factor
+        row_key = _keys(row_ids, i, B, -1)
+        top = tl.full((ROWS,), float("-inf"), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        for c in range(first_col, last_col, COLS):
+            j = c + tl.arange(0, COLS)
+            col_in = j < M
+            if CHUNK == WIDTH:
+                right = _tile(y, c, col_in, 0, V, COLS, WIDTH)
+                right_low = _tile(y_low, c, col_in, 0, V, COLS, WIDTH)
+                s = _product(left, left_low, tl.trans(right), _transposed(right_low))
+            else:
+                s = _products(x, x_low, r, row_in, y, y_low, c, col_in, V, ROWS, COLS, CHUNK)
+            s = s * row_size[:, None] * tl.load(y_size + j, mask=col_in, other=0.0)[None, :]
+            apart = row_in[:, None] & col_in[None, :]
+            if OWN or row_ids is not None:
+                apart = apart & (row_key[:, None] != _keys(col_ids, j, N, -2)[None, :])
+            s = tl.where(apart, s, float("-inf"))
+            if rows is not None:
+                top, total = _merged(top, total, _plus(s, col_offset, j, M, 0), 1)
+            if cols is not None:
+                anchor = j < N
+                later = j < tl.where(tl.cast(r, tl.int32) > first_row, N, 0)
+                place = cols + col_at + j
+                other = place + tl.cast(groups, tl.int64) * N
+                col_top = tl.load(place, mask=later, other=float("-inf"))
+                col_total = tl.load(other, mask=later, other=0.0)
+                col_top, col_total = _merged(col_top, col_total, _plus(s, row_offset, i, B, 1), 0)
+                tl.store(place, col_top, mask=anchor)
+                tl.store(other, col_total, mask=anchor)
+        if rows is not None:
+            tl.store(rows + row_at + i, top, mask=row_in)
+            tl.store(rows + row_at + tl.cast(splits, tl.int64) * B + i, total, mask=row_in)
+        tl.debug_barrier()  # the next block of rows goes on with what other threads have stored of the columns
+
+
+@triton.jit
+def _share(s, lse, grad, at, anchors, AXIS: tl.constexpr):
+    """The gradient to the logits ``s`` (offsets added) through the statistics along an axis."""
+    level = tl.load(lse + at, mask=at < anchors, other=float("inf")) * LOG2E
+    level = tl.where(level == float("-inf"), float("inf"), level)  # no candidate: 0 of every logit, not NaN
+    weight = tl.load(grad + at, mask=at < anchors, other=0.0)
+    return tl.expand_dims(weight, AXIS) * tl.exp2(s - tl.expand_dims(level, AXIS))
+
+
+@triton.jit
+def _gradient(a, a_low, a_size, b, b_low, b_size, scale, a_ids, b_ids, a_offset, b_offset, a_lse, b_lse, a_grad, b_grad,
+              da, dscale, doffset, A, A_ANCHORS, B, B_ANCHORS, V, slices, splits, share,
+              OWN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr,
+              CHUNK: tl.constexpr):  # fmt: skip
+    """Of a block of ``a`` against a part of ``b``: ``da [splits, A, V]``, and the rows' shares ``dscale, doffset [splits, A]``."""
+    pid = tl.program_id(0)
+    lane = pid % slices
+    split = pid // slices % splits
+    r = pid // slices // splits * ROWS
+    i = r + tl.arange(0, ROWS)
+    row_in = i < A
+    exact = tl.load(scale)
+    factor = (exact * LOG2E).to(tl.float32)
+    if CHUNK == WIDTH:
+        left = _tile(a, r, row_in, 0, V, ROWS, WIDTH)
+        left_low = _tile(a_low, r, row_in, 0, V, ROWS, WIDTH)
+    row_size = tl.load(a_size + i, mask=row_in, other=0.0)
+    row_key = _keys(a_ids, i, A_ANCHORS, -1)
+    grad = tl.zeros((ROWS, WIDTH), tl.float32)
+    to_scale = tl.zeros((ROWS,), tl.float32)
+    to_offset = tl.zeros((ROWS,), tl.float32)
+    for c in range(split * share, tl.minimum((split + 1) * share, B), COLS):
+        j = c + tl.arange(0, COLS)
+        col_in = j < B
+        right = _tile(b, c, col_in, lane * WIDTH, V, COLS, WIDTH)
+        right_low = _tile(b_low, c, col_in, lane * WIDTH, V, COLS, WIDTH)
+        if CHUNK == WIDTH:
+            cosine = _product(left, left_low, tl.trans(right), _transposed(right_low))
+        else:
+            cosine = _products(a, a_low, r, row_in, b, b_low, c, col_in, V, ROWS, COLS, CHUNK)
+        col_size = tl.load(b_size + j, mask=col_in, other=0.0)
+        cosine = cosine * row_size[:, None] * col_size[None, :]
+        apart = row_in[:, None] & col_in[None, :]
+        if OWN or a_ids is not None:
+            apart = apart & (row_key[:, None] != _keys(b_ids, j, B_ANCHORS, -2)[None, :])
+        s = tl.where(apart, cosine * factor, float("-inf"))
+        ds = tl.zeros((ROWS, COLS), tl.float32)
+        if a_lse is not None:
+            ds += _share(_plus(s, b_offset, j, B, 0), a_lse, a_grad, i, A_ANCHORS, 1)
+        if b_lse is not None:
+            across = _share(_plus(s, a_offset, i, A, 1), b_lse, b_grad, j, B_ANCHORS, 0)
+            ds += across
+            if doffset is not None:
+                to_offset += tl.sum(across, 1)
+        if dscale is not None:
+            to_scale += tl.sum(ds * cosine, 1)
+        if da is not None:
+            ds *= col_size[None, :]
+            power, one_over = _power_below(tl.max(tl.abs(ds), 1))
+            large, small = _halves(ds * one_over[:, None])
+            if b_low is not None:
+                part = _product(large, small, right, right_low)
+            else:
+                part = tl.dot(large, right)
+            grad += part * power[:, None]
+    out = split.to(tl.int64) * A + i
+    if da is not None:
+        col = lane * WIDTH + tl.arange(0, WIDTH)
+        tl.store(da + out[:, None] * V + col[None, :], grad * exact.to(tl.float32), mask=row_in[:, None] & (col < V)[None, :])
+    if lane == 0:
+        if dscale is not None:
+            tl.store(dscale + out, to_scale, mask=row_in)
+        if doffset is not None:
+            tl.store(doffset + out, to_offset, mask=row_in)
+
+
+@functools.cache
+def _table() -> dict[str, Any]:
+    table: dict[str, Any] = json.loads(Path(__file__).with_suffix(".json").read_text())
+    return table
+
+
+def architecture(device: torch.device) -> str:
+    """The part of the table for a GPU. Those of a generation's smaller chips have the shared memory of 8.6."""
+    if device.type == "cuda":
+        found = torch.cuda.get_device_capability(device)
+        if found in ((9, 0), (10, 0)):
+            return f"sm_{found[0]}{found[1]}"
+    return "sm_80"
+
+
+def config(kernel: str, v: int, device: torch.device) -> Config:
+    """The table's tile for embeddings of this width."""
+    rows = _table()[architecture(device)][kernel]
+    return next(Config(*tile) for up_to, *tile in rows if up_to is None or v <= up_to)
+
+
+def waves(device: torch.device) -> int:
+    """Programs that a launch aims at: two for each multiprocessor."""
+    if device.type != "cuda":  # the interpreter
+        return 4
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def split(vectors: Tensor) -> Split:
+    """float32 ``[A, C]`` for the tensor cores."""
+    a, c = vectors.shape
+    vectors = vectors if vectors.stride(1) == 1 else vectors.contiguous()
+    v = _cdiv(c, STEP) * STEP
+    high, low = (torch.empty(a, v, dtype=torch.float16, device=vectors.device) for _ in range(2))
+    size = torch.empty(a, dtype=torch.float32, device=vectors.device)
+    coarse = torch.backends.cuda.matmul.allow_tf32
+    with _device(vectors):
+        _split[(_cdiv(a, SPLIT.rows),)](
+            vectors, high, None if coarse else low, size, a, c, vectors.stride(0), v, ROWS=SPLIT.rows, WIDTH=SPLIT.width,
+            num_warps=SPLIT.warps, num_stages=SPLIT.stages, maxnreg=REGISTERS,
+        )  # fmt: skip
+    return Split(high, None if coarse else low, size)
+
+
+def statistics(sheet: Sheet, rows: bool, cols: bool) -> tuple[Tensor, Tensor]:
+    """The logsumexps of the rows, ``[B]``, and of the columns, ``[N]``; empty where not asked for."""
+    (x, row_ids, row_offset, b), (y, col_ids, col_offset, n) = sheet.rows, sheet.cols
+    m, v = y.high.shape
+    device = x.high.device
+    tile = config("statistics", v, device)
+    row_blocks, col_blocks = _cdiv(b, tile.rows), _cdiv(m, tile.cols)
+    aim = waves(device)
+    splits = max(1, min(col_blocks, max(math.isqrt(aim), _cdiv(aim, max(1, row_blocks)))))
+    groups = max(1, min(row_blocks, _cdiv(aim, splits)))
+    row_share, col_share = _cdiv(row_blocks, groups), _cdiv(col_blocks, splits)  # in blocks
+    groups, splits = _cdiv(row_blocks, row_share), _cdiv(col_blocks, col_share)  # none without work
+    of_rows, of_cols = (
+        torch.empty(2, parts, count, dtype=torch.float32, device=device) if asked else None
+        for parts, count, asked in ((splits, b, rows), (groups, n, cols and n > 0))
+    )
+    if of_rows is not None or of_cols is not None:
+        with _device(x.high):
+            _statistics[(groups * splits,)](
+                *x, *y, sheet.scale, row_ids, col_ids, row_offset, col_offset, of_rows, of_cols, b, n, m, v,
+                row_share * tile.rows, col_share * tile.cols, groups, splits, OWN=sheet.own, **_options(tile),
+            )  # fmt: skip
+    row, col = (x.size.new_empty(0) if found is None else _joined(*found) for found in (of_rows, of_cols))
+    return row, col
+
+
+def _joined(top: Tensor, total: Tensor) -> Tensor:
+    """``[P, A]`` both -> the logsumexp ``[A]``."""
+    whole = top.amax(0)
+    total = (total * (top - whole.clamp(min=torch.finfo(top.dtype).min)).exp2_()).sum(0)
+    return (whole + total.log2_()) * math.log(2)  # -inf + log(0) = -inf for no candidate
+
+
+def gradient(sheet: Sheet, row: Tensor | None, col: Tensor | None, drow: Tensor | None, dcol: Tensor | None,
+             need: tuple[bool, bool, bool]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients to the rows' vectors ``[A, V]``, to the scale (the rows' shares of it, ``[A]``) and to the rows' offsets ``[A]``.
+
+    ``drow`` and ``dcol`` are the gradients to the statistics ``row`` and ``col``, None for a direction without one. The
+    gradients to the columns come from the sheet with its sides exchanged.
+    """
+    (x, row_ids, row_offset, b), (y, col_ids, col_offset, n) = sheet.rows, sheet.cols
+    (a, v), m = x.high.shape, y.high.shape[0]
+    device = x.high.device
+    tile = config("gradient", v, device)
+    slices = _cdiv(v, tile.width)
+    blocks, col_blocks = _cdiv(a, tile.rows), _cdiv(m, tile.cols)
+    splits = max(1, min(_cdiv(waves(device), max(1, blocks * slices)), col_blocks))
+    share = _cdiv(col_blocks, splits)
+    splits = _cdiv(col_blocks, share)
+    sizes = ((splits, a, v), (splits, a), (splits, a))
+    out = [torch.empty(size, dtype=torch.float32, device=device) if t else None for size, t in zip(sizes, need, strict=True)]
+    row, col = (None if d is None or t is None else t.contiguous() for t, d in ((row, drow), (col, dcol)))
+    with _device(x.high):
+        _gradient[(blocks * splits * slices,)](
+            *x, *y, sheet.scale, row_ids, col_ids, row_offset, col_offset, row, col, drow, dcol, *out, a, b, m, n, v, slices,
+            splits, share * tile.cols, OWN=sheet.own, **_options(tile),
+        )  # fmt: skip
+    dx, dscale, doffset = (None if t is None else t[0] if splits == 1 else t.sum(0) for t in out)
+    return dx, dscale, doffset
+
+
+def _options(tile: Config) -> dict[str, Any]:
+    return dict(
+        ROWS=tile.rows, COLS=tile.cols, WIDTH=tile.width, CHUNK=tile.chunk, num_warps=tile.warps, num_stages=tile.stages,
+        maxnreg=REGISTERS,
+    )  # fmt: skip
+
+
+def _device(tensor: Tensor) -> Any:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
