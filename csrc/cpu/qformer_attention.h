@@ -3,7 +3,7 @@
 //
 // B items, Q queries a head, H heads, K = H*Q rows r = (h, q), M streams of tokens, C_m the width of stream m. For
 // item b, over every present token t of every stream m (one softmax for all streams):
-//   s[r,t] = dot(u_m[r], x_m[t]) + c_m[r]        p = softmax_t(s)        lse[r] = logsumexp_t(s[r,t])
+//   s[r,t] = dot(u_m[r], x_m[t]) + c_m[r] + bias_m[t,h]        p = softmax_t(s)        lse[r] = logsumexp_t(s[r,t])
 //   y_m[r] = sum_t p[r,t] x_m[t]                 mass_m[r] = sum_t p[r,t]
 //   o[r] = sum_m w_m,h y_m[r], the values of head h, E wide
 // An item with no present token has y = 0, o = 0, mass = 0, lse = -inf and zero gradients.
@@ -39,6 +39,7 @@ struct TokenStream {
   std::int64_t mask_item_stride;
   const std::int64_t* lookup;  // [B, n], jagged [n]; null = tokens in place. Not together with a mask
   std::int64_t x_rows;
+  const float* bias;  // [B, n, H], jagged [n, H]: added to the scores of a token's head; null = 0
 };
 
 struct Shape {
@@ -70,6 +71,7 @@ struct BackwardStream {
   float* dc;           // [H, Bu, Q], null = not wanted
   float* dw;           // [H, E, C], null = not wanted
   float* dx;           // [B, n, C] or [n, C] (looked up: a row for each place), contiguous, null = not wanted
+  float* dbias;        // as bias, all zeros at first; null = not wanted
 };
 
 // Both throw std::invalid_argument for sizes they cannot serve and offsets that would lead outside x. `threads` is an

@@ -33,7 +33,9 @@ struct BackwardState {
   bool touched[kMaxStreams];         // du holds something
 };
 
-EM3_INLINE bool wanted(const BackwardStream& s) { return s.du != nullptr || s.dc != nullptr || s.dx != nullptr; }
+EM3_INLINE bool wanted(const BackwardStream& s) {
+  return s.du != nullptr || s.dc != nullptr || s.dx != nullptr || s.dbias != nullptr;
+}
 
 static BackwardState backward_state(const BackwardJob& job, Arena& arena) {
   BackwardState st{};
@@ -166,10 +168,14 @@ static void backward_tile(const BackwardJob& job, BackwardState& st, int m, cons
     } else {
       score_block<false>(job, st, m, packed_u, r0, width);
     }
+    if (tokens.bias != nullptr) add_bias(job.shape, tokens, tile, r0, rows, st.w, 2 * width);
     if (job.shape.drop.threshold > 0) {
       gradient_block(job.shape.drop, st, m, tokens.first, r0, width);
     } else {
       gradient_block(st, m, r0, tile.n, width);
+    }
+    if (s.dbias != nullptr) {
+      add_to_bias(job.shape, tile, r0, rows, st.w, 2 * width, s.dbias + tokens.first * job.shape.H);
     }
     if (s.dx != nullptr) token_gradient(job, st, m, r0, width, rows);
     if (s.du == nullptr) continue;
@@ -269,7 +275,7 @@ static void backward_item(const BackwardJob& job, BackwardState& st, int64_t b, 
   Tokens tokens[kMaxStreams];
   bool any = false;
   for (int m = 0; m < job.M; ++m) {
-    tokens[m] = item_tokens(job.streams[m].tokens, b, job.shape.pairs);
+    tokens[m] = item_tokens(job.streams[m].tokens, b, job.shape);
     any = any || (tokens[m].present > 0 && wanted(job.streams[m]));
   }
   if (any) prepare_item(job, st, b, first, items, tokens);

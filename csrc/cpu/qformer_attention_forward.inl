@@ -99,7 +99,7 @@ static void invert_sums(ForwardState& st, int M, int64_t r0, int64_t width) {
   }
 }
 
-static void forward_tile(const ForwardJob& job, ForwardState& st, int m, int64_t first_token, bool first, bool last) {
+static void forward_tile(const ForwardJob& job, ForwardState& st, int m, const Tokens& tokens, bool first, bool last) {
   Tile& tile = st.tiles.tile;
   const int64_t K = job.shape.K(), padded = round_up(K, kVec), C = job.streams[m].tokens.C;
   const bool pairs = job.shape.pairs;
@@ -115,8 +115,9 @@ static void forward_tile(const ForwardJob& job, ForwardState& st, int m, int64_t
     } else {
       scores({tile.x, tile.stride, packed + r0 * C, C, st.s, ld}, tile.n, ld);
     }
+    if (tokens.bias != nullptr) add_bias(job.shape, tokens, tile, r0, smaller(kBlock, K - r0), st.s, ld);
     softmax_block(st, job.M, m, r0, tile.n, ld);
-    if (job.shape.drop.threshold > 0) drop_block(job.shape.drop, st, m, first_token, r0, ld);
+    if (job.shape.drop.threshold > 0) drop_block(job.shape.drop, st, m, tokens.first, r0, ld);
     if (last) invert_sums(st, job.M, r0, ld);
     // The same rows of the next item.
     const Soon soon{first ? st.y[m] + r0 : nullptr, job.shape.Q * C};
@@ -178,7 +179,7 @@ static void forward_item(const ForwardJob& job, ForwardState& st, int64_t b) {
   fill(st.inverse, padded, 0.0f);
   for (int m = 0; m < job.M; ++m) {
     const ForwardStream& s = job.streams[m];
-    tokens[m] = item_tokens(s.tokens, b, shape.pairs);
+    tokens[m] = item_tokens(s.tokens, b, shape);
     touched[m] = tokens[m].present > 0;
     if (touched[m]) last_stream = m;
     fill(st.sum[m], padded, 0.0f);
@@ -200,7 +201,7 @@ static void forward_item(const ForwardJob& job, ForwardState& st, int64_t b) {
       at = next_tile(tokens[m], at, (left + tiles - i - 1) / (tiles - i), few(job.shape), st.tiles.copy,
                      st.tiles.tile);
       left -= st.tiles.tile.n;
-      forward_tile(job, st, m, tokens[m].first, i == 0, m == last_stream && i + 1 == tiles);
+      forward_tile(job, st, m, tokens[m], i == 0, m == last_stream && i + 1 == tiles);
     }
   }
   finish_y(job, st, touched, last_stream);

@@ -10,6 +10,7 @@ struct Tokens {
   int64_t x_rows;
   int64_t present;
   int64_t first;  // row of token 0 in a contiguous x (where dx goes)
+  const float* bias;  // [n, H] or null
 
   bool has(int64_t i) const {
     if (lookup != nullptr) return lookup[i] >= 0 && lookup[i] < x_rows;
@@ -19,9 +20,9 @@ struct Tokens {
   uintptr_t row(int64_t i) const { return x + static_cast<uintptr_t>((lookup != nullptr ? lookup[i] : i) * stride); }
 };
 
-static Tokens item_tokens(const TokenStream& s, int64_t b, bool pairs) {
+static Tokens item_tokens(const TokenStream& s, int64_t b, const Shape& shape) {
   Tokens t{};
-  t.pairs = pairs;
+  t.pairs = shape.pairs;
   const int64_t begin = s.offsets != nullptr ? s.offsets[b] : b * s.n;
   t.n = s.offsets != nullptr ? s.offsets[b + 1] - begin : s.n;
   t.x = reinterpret_cast<uintptr_t>(s.x);
@@ -29,6 +30,7 @@ static Tokens item_tokens(const TokenStream& s, int64_t b, bool pairs) {
   t.stride = s.token_stride * bytes_of(s.storage);
   t.C = s.C;
   t.first = begin;
+  t.bias = s.bias == nullptr ? nullptr : s.bias + begin * shape.H;
   if (s.lookup != nullptr) {
     t.lookup = s.lookup + begin;
     t.x_rows = s.x_rows;
@@ -59,6 +61,28 @@ struct Tile {
 EM3_INLINE int64_t tile_limit(int64_t C) {
   const int64_t rows = (int64_t{1} << 16) / C / kRows * kRows;
   return rows < kRows ? kRows : rows > 256 ? 256 / kRows * kRows : rows;
+}
+
+// s[t, i] of rows r0 + i, `rows` of them, += bias[t, head of the row].
+static void add_bias(const Shape& shape, const Tokens& tokens, const Tile& tile, int64_t r0, int64_t rows, float* s, int64_t ld) {
+  for (int64_t t = 0; t < tile.n; ++t, s += ld) {
+    const float* const bias = tokens.bias + tile.index[t] * shape.H;
+    for (int64_t i = 0, h = r0 / shape.Q, q = r0 % shape.Q; i < rows; ++i) {
+      s[i] += bias[h];
+      if (++q == shape.Q) q = 0, ++h;
+    }
+  }
+}
+
+// The way back: dbias[t, head of the row] += ds[t, i]. An item's places are its own, so no other worker writes there.
+static void add_to_bias(const Shape& shape, const Tile& tile, int64_t r0, int64_t rows, const float* ds, int64_t ld, float* dbias) {
+  for (int64_t t = 0; t < tile.n; ++t, ds += ld) {
+    float* const to = dbias + tile.index[t] * shape.H;
+    for (int64_t i = 0, h = r0 / shape.Q, q = r0 % shape.Q; i < rows; ++i) {
+      to[h] += ds[i];
+      if (++q == shape.Q) q = 0, ++h;
+    }
+  }
 }
 
 // Whether the rows are few enough to be multiplied with the tokens where both lie. Against packing and copying, AVX2, two

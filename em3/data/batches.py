@@ -28,6 +28,7 @@ class Batch:
     label: Tensor  # [B] float32
     distinct: Tensor  # [U] int64, the catalogue numbers in `item`, each once, ascending
     inverse: Tensor  # [B] int64: item == distinct[inverse]
+    history_age: Tensor | None = None  # [T] int64, seconds from each event of a history to its row; None unless asked for
 
     def distinct_id(self) -> Tensor:
         """``[U]``: the ID rows of ``distinct``."""
@@ -44,15 +45,17 @@ class Batches:
     Args:
         data: the catalogue, its events and rows.
         history_length: at most so many events a history, the latest ones.
+        ages: whether batches hold ``history_age``.
     """
 
-    def __init__(self, data: RankingData, history_length: int) -> None:
+    def __init__(self, data: RankingData, history_length: int, *, ages: bool = False) -> None:
         events, rows = data.events, data.rows
         self.data, self.history_length = data, history_length
         # Events by user, in order of time within each; a row's history ends where the user's first event at or after
         # `before` stands.
         order = np.argsort(events.user, kind="stable")
         self._event_item = events.item[order]
+        self._event_time = events.time[order] if ages else None
         total = len(order)
         place = events.user[order] * total + order  # ascending
         self._stop = np.searchsorted(place, rows.user * total + np.minimum(rows.before, total))
@@ -85,7 +88,9 @@ class Batches:
         places = np.arange(offsets[-1]) + np.repeat(self._start[rows] - offsets[:-1], np.diff(offsets))
         item, history = table.item[rows], self._event_item[places]
         distinct, inverse = np.unique(item, return_inverse=True)
-        bounds = torch.from_numpy(offsets)
+        bounds, age = torch.from_numpy(offsets), None
+        if self._event_time is not None:
+            age = torch.from_numpy(np.repeat(table.time[rows], np.diff(offsets)) - self._event_time[places])
         return Batch(
             user_id=torch.from_numpy(self._user_id[table.user[rows]]),
             item=torch.from_numpy(item),
@@ -95,6 +100,7 @@ class Batches:
             label=torch.from_numpy(table.label[rows]),
             distinct=torch.from_numpy(distinct),
             inverse=torch.from_numpy(inverse),
+            history_age=age,
         )
 
     def epoch(self, rows: np.ndarray, batch_size: int, seed: int, epoch: int, skip: int = 0,

@@ -57,6 +57,8 @@ class EM3(nn.Module):
         num_heads: of the attention over the history.
         rank: of the LoRA adapters on its projections; 0 trains the projections themselves. Not used by ``"frozen"``.
         history: ``"frozen"``, ``"lora"`` or ``"full"``, which needs ``fusion``.
+        pooling, top_k, position_buckets, time_buckets: of the attention over the history, as in
+            :class:`em3.LoRATargetAttention`; with ``time_buckets`` batches must hold ``history_age``.
         id_dim: ``V``, the width of the ranker's item embedding, for the contrast; None for no contrast.
         contrast_weight: lambda.
         contrast_gradient: ``"both"``, or the side that the contrast trains: ``"content"`` or ``"id"``.
@@ -66,6 +68,7 @@ class EM3(nn.Module):
 
     def __init__(self, ranker: nn.Module, fusion: nn.Module | None, *, num_items: int, content_dim: int,
                  bank_dim: int | None = None, num_heads: int = 4, rank: int = 8, history: str = "lora",
+                 pooling: str = "softmax", top_k: int | None = None, position_buckets: int = 0, time_buckets: int = 0,
                  id_dim: int | None = None, contrast_weight: float = 0.1, contrast_gradient: str = "both") -> None:  # fmt: skip
         super().__init__()
         if contrast_gradient not in GRADIENTS:
@@ -83,7 +86,8 @@ class EM3(nn.Module):
         self.norm = nn.LayerNorm(content_dim)
         self.history = history
         self.interest = LoRATargetAttention(bank_dim, content_dim, num_heads=num_heads, rank=0 if history == "frozen" else rank,
-                                            train_base=False if history == "frozen" else None)  # fmt: skip
+                                            train_base=False if history == "frozen" else None, pooling=pooling, top_k=top_k,
+                                            position_buckets=position_buckets, time_buckets=time_buckets)  # fmt: skip
         if bank_dim == content_dim:
             self._start_as_similarity()
         self.norm_interest = nn.LayerNorm(content_dim)
@@ -149,12 +153,13 @@ class EM3(nn.Module):
             content = self.content(streams)
             distinct, history, bank = self.sources(batch, content)
         target = distinct.index_select(0, batch.inverse)  # [B, C]
-        return self.ranker(batch, self.compare(target, history, bank)), content
+        return self.ranker(batch, self.compare(target, history, bank, batch.history_age)), content
 
-    def compare(self, target: Tensor, history: Jagged, bank: Tensor | None = None) -> Tensor:
+    def compare(self, target: Tensor, history: Jagged, bank: Tensor | None = None, age: Tensor | None = None) -> Tensor:
         """Targets' content ``c [B, C]`` and their users' histories -> dense features ``[B, extra_dim(C)]``.
 
-        A history is row numbers into ``bank [n, width of the bank]``, the model's own by default.
+        A history is row numbers into ``bank [n, width of the bank]``, the model's own by default; ``age [T]`` is read by a
+        model with ``time_buckets`` only.
 
 
         They are ``[c, r, c * r, |c - r|, m, c * m, log n]`` with ``r`` normalised in the first two places, and ``n`` the
@@ -165,7 +170,7 @@ class EM3(nn.Module):
         bank = self.bank if bank is None else bank
         ids, offsets = history.values(), history.offsets()
         length = offsets.diff()[:, None]  # [B, 1]
-        read = self.interest(target, history, bank)
+        read = self.interest(target, history, bank, age if self.interest.time_buckets else None)
         interest = self.norm_interest(read) * (length > 0)  # nor is the bias of the norm an interest
         mean = F.embedding_bag(ids, bank, offsets, mode="mean", include_last_offset=True)  # [B, C], 0 where none
         if self.adapt is not None:

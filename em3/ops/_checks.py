@@ -92,6 +92,11 @@ def looks(tensor: Tensor) -> bool:
     return tensor.numel() > 0 and (_debug.on or tensor.device.type == "cpu")
 
 
+def readable(tensor: Tensor) -> bool:
+    """Whether Python code may go by the content of a tensor: on the CPU, with data, and not while a graph is traced."""
+    return type(tensor) is Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def offsets_content(offsets: Tensor, total: int, name: str) -> None:
     """``offsets`` start at 0, never decrease and stay within ``total`` rows."""
     if not looks(offsets):

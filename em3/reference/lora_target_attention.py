@@ -9,8 +9,8 @@ from ..jagged import split_jagged
 from .padding import padded
 
 
-def lora_target_attention(target, history, bank, w_q, w_k, w_v, w_o, *, lora_k=None, lora_v=None,
-                          num_heads) -> Tensor:  # fmt: skip
+def lora_target_attention(target, history, bank, w_q, w_k, w_v, w_o, *, lora_k=None, lora_v=None, num_heads, biases=None,
+                          pooling="softmax", top_k=None) -> Tensor:  # fmt: skip
     jagged = split_jagged(history, "history")
     ids, seen = (history, torch.ones_like(history, dtype=torch.bool)) if jagged is None else padded(*jagged)
     seen = seen & (ids >= 0)
@@ -21,8 +21,17 @@ def lora_target_attention(target, history, bank, w_q, w_k, w_v, w_o, *, lora_k=N
     q = targets @ w_q.T
     k, v = (_adapted(x, w, lora) for w, lora in ((w_k, lora_k), (w_v, lora_v)))  # [B, N, D]
     q, k, v = (t.reshape(b, t.shape[1], num_heads, d // num_heads).transpose(1, 2) for t in (q, k, v))  # [B, H, ., E]
-    scores = (q @ k.transpose(2, 3) * (d // num_heads) ** -0.5).masked_fill(~seen[:, None, None, :], -torch.inf)
-    weights = scores.softmax(-1).masked_fill(~seen[:, None, None, :], 0) if n else scores
+    scores = q @ k.transpose(2, 3) * (d // num_heads) ** -0.5  # [B, H, M, N]
+    for table, buckets in biases or ():
+        if jagged is not None:
+            buckets, _ = padded(buckets, jagged[1])
+        added = table[:, buckets.clamp(min=0)].masked_fill(buckets < 0, 0)  # [H, B, N]
+        scores = scores + added.transpose(0, 1)[:, :, None]
+    scores = scores.masked_fill(~seen[:, None, None, :], -torch.inf)
+    if pooling == "top_k" and n > top_k:
+        scores = scores.masked_fill(scores < scores.topk(top_k, -1).values[..., -1:], -torch.inf)
+    weights = scores.softmax(-1) if n and pooling != "din" else scores.sigmoid()
+    weights = weights.masked_fill(~seen[:, None, None, :], 0)
     out = (weights @ v).transpose(1, 2).reshape(targets.shape) @ w_o.T  # [B, M, D]
     return out if target.dim() == 3 else out[:, 0]
 

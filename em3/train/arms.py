@@ -111,6 +111,7 @@ def build(arm: str, config: Config, batches: Batches, token_dims: list[int], fea
         # Frozen features are no content embeddings yet: the two-stage arm learns the whole projection.
         rank=0 if frozen else model.rank,
         history="lora" if frozen else "frozen" if arm == "em3_no_lora" else model.history,
+        pooling=model.pooling, top_k=model.top_k, position_buckets=model.position_buckets, time_buckets=model.time_buckets,
         id_dim=None if frozen or arm == "em3_no_contrast" else model.id_dim,
         contrast_weight=model.contrast_weight, contrast_gradient=model.contrast_gradient,
     )  # fmt: skip

@@ -18,13 +18,15 @@ CHOICES = {
     "model.ranker": ("din", "dcnv2"),
     "model.contrast_gradient": ("both", "content", "id"),
     "model.history": ("frozen", "lora", "full"),
+    "model.pooling": ("softmax", "din", "top_k"),
     "encoder.train": ("frozen", "lora", "last_n"),
 }
 # Numbers, and the least that they may be.
 LEAST = {
     "requests_per_user": 1, "history_length": 1, "seeds": 0, "encoder.last_n": 1, "encoder.rank": 1, "encoder.epochs": 0,
     "model.id_dim": 1, "model.hidden": 1, "model.content_dim": 1, "model.num_queries": 1, "model.dim": 1, "model.ffn_dim": 1,
-    "model.num_layers": 1, "model.num_heads": 1, "model.rank": 0, "model.contrast_weight": 0, "train.epochs": 1,
+    "model.num_layers": 1, "model.num_heads": 1, "model.rank": 0, "model.top_k": 1,
+    "model.position_buckets": 0, "model.time_buckets": 0, "model.contrast_weight": 0, "train.epochs": 1,
     "train.batch_size": 1, "train.rows_per_item": 1,
     "train.lr": 0, "train.warmup_steps": 0, "train.weight_decay": 0, "train.refresh_every": 1,
     "train.checkpoint_every": 1, "train.log_every": 1,
@@ -71,6 +73,10 @@ class ModelConfig:
     # How far the ranking loss reaches into the history: frozen: its projections stay as they start; lora: adapters on them;
     # full: the adapters, and the Fusion-Q-Former through every history item, computed anew at every step.
     history: str = "lora"
+    pooling: str = "softmax"  # softmax | din | top_k: of the attention over the history
+    top_k: int | None = None  # for top_k: so many events count
+    position_buckets: int = 0  # rows of the attention's bias by an event's position, in buckets that double; 0 = no bias
+    time_buckets: int = 0  # the same by the seconds since the event
     contrast_weight: float = 0.05  # lambda
     contrast_gradient: str = "id"  # both | content | id
 
@@ -233,6 +239,9 @@ def _check(config: Config) -> None:
             raise ConfigError(f"{key}: was {_value(config, key)}, must be a multiple of model.num_heads {config.model.num_heads}")
     if not config.model.hidden:
         raise ConfigError("model.hidden: was [], must hold the width of at least one layer")
+    if (config.model.pooling == "top_k") != (config.model.top_k is not None):
+        raise ConfigError(f"model.top_k: was {config.model.top_k}, must be a number with model.pooling=top_k and left out without, "
+                          f"which was {config.model.pooling}")  # fmt: skip
     if "em3_no_lora" in config.arms and config.model.history == "frozen":
         raise ConfigError("arms: held em3_no_lora, must not with model.history=frozen, under which the arm em3 is the same")
     if config.tokens is not None and config.encoder.train != "frozen":

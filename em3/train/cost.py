@@ -70,7 +70,7 @@ def parts(training: Training, run: Run) -> dict[str, float]:
     content = model.content(streams).detach().requires_grad_()
     distinct, history, bank = model.sources(batch, content)
     target = distinct.detach().index_select(0, batch.inverse).requires_grad_()
-    extra = model.compare(target, history, bank).detach().requires_grad_()
+    extra = model.compare(target, history, bank, batch.history_age).detach().requires_grad_()
 
     def ranker() -> None:
         F.binary_cross_entropy_with_logits(model.ranker(batch, extra), batch.label).backward()
@@ -81,7 +81,7 @@ def parts(training: Training, run: Run) -> dict[str, float]:
     calls: dict[str, Callable[[], Any]] = {
         "tokens": lambda: read(items),
         "Fusion-Q-Former": lambda: model.content(streams).sum().backward(),
-        "history": lambda: model.compare(target, history, bank).sum().backward(),
+        "history": lambda: model.compare(target, history, bank, batch.history_age).sum().backward(),
         "ranker": ranker,
         **({"contrast": contrast} if model.contrast is not None else {}),
         "optimizer": training.optimizer.step,

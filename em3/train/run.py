@@ -88,7 +88,7 @@ class Run:
         self.warnings = Warnings()
         with self.warnings:
             self.data: RankingData = open_data(config.data, config.posters, config.requests_per_user)
-        self.batches = Batches(self.data, config.history_length)
+        self.batches = Batches(self.data, config.history_length, ages=config.model.time_buckets > 0)
         self._features: torch.Tensor | None = None
 
     @functools.cached_property

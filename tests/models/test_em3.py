@@ -16,7 +16,7 @@ from em3.data.batches import Batch, Batches
 from em3.jagged import Jagged
 from em3.layers import FusionQFormer
 from em3.models import DIN, EM3
-from em3.reference import contrastive_loss
+from em3.reference import contrastive_loss, lora_target_attention
 
 from ..toy import Tokens, random_data
 
@@ -122,6 +122,35 @@ def test_starts_as_content_similarity(seed: int) -> None:
     features = model.compare(model.bank[history.values().clamp(max=7)[:1]].expand(40, C), type(history)(
         torch.arange(8).repeat(40), torch.arange(41) * 8))  # fmt: skip
     torch.testing.assert_close(features[:, 3 * C : 4 * C], torch.zeros(40, C), atol=1e-4, rtol=0)
+
+
+def test_the_attention_knows_how_old_an_event_is(seed: int) -> None:
+    case = Case(seed, position_buckets=3, time_buckets=12, pooling="din")
+    batches = Batches(case.data, 4, ages=True)
+    batch, part = batches.of(np.arange(40)), case.model.interest
+    age, bounds = batch.history_age, batch.history.offsets().tolist()
+    assert case.batch.history_age is None
+    for b in range(40):  # the same events as histories are made of
+        row = case.data.rows
+        mine = [t for u, t in zip(case.data.events.user[: row.before[b]], case.data.events.time, strict=False) if u == row.user[b]]
+        assert age[bounds[b] : bounds[b + 1]].tolist() == [row.time[b] - t for t in mine[-4:]]
+    position = torch.cat([torch.arange(n).flip(0) for n in batch.history.offsets().diff().tolist()])
+    buckets = [(1.0 + t.clamp(min=0)).log2().floor().long() for t in (position, age)]
+    assert len(set(buckets[1].tolist())) > 2
+    target = torch.randn(40, C, dtype=torch.float64)
+    loras = {f"lora_{k}": (getattr(part, f"lora_{k}_a"), getattr(part, f"lora_{k}_b"), part.scaling) for k in "kv"}
+    read = lora_target_attention(
+        target, batch.history, case.model.bank, part.w_q, part.w_k, part.w_v, part.w_o, num_heads=2, pooling="din", **loras,
+        biases=[(part.position_bias, buckets[0].clamp(max=2)), (part.time_bias, buckets[1].clamp(max=11))],
+    )  # fmt: skip
+    got = case.model.compare(target, batch.history, age=age)
+    torch.testing.assert_close(got[:, 3 * C : 4 * C], (target - read).abs(), rtol=1e-9, atol=1e-9)
+    losses = case.model.losses(batch, case.streams(batch))
+    losses.total.backward()
+    assert part.time_bias.grad.any()
+    assert part.position_bias.grad.any()
+    with pytest.raises(ValueError, match="age: was None, must be seconds"):
+        case.model(case.batch)
 
 
 def test_contrast_sees_each_known_item_once(seed: int) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import em3
 from em3 import reference
 from em3.ops import _checks, _dispatch
+from em3.ops._pooling import SOFTMAX
 from em3.ops.lora_target_attention import cheaper
 from tests import oracle
 
@@ -41,8 +42,8 @@ def plain(ids, offsets, **kwargs):
 
 
 def make(batch: int, heads: int, e: int, c: int, rows: int, lengths: list[int] | int, *, m: int | None = None,
-         rank: int | None = 2, holes: bool = False, bank_grad: bool = True) -> dict[str, Any]:  # fmt: skip
-    """Random arguments. ``lengths`` is N of a padded history, or the users' lengths of a jagged one."""
+         rank: int | None = 2, holes: bool = False, bank_grad: bool = True, biases: int = 0) -> dict[str, Any]:  # fmt: skip
+    """Random arguments. ``lengths`` is N of a padded history, or the users' lengths of a jagged one; so many ``biases``."""
     d = heads * e
 
     def rand(*shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -57,6 +58,8 @@ def make(batch: int, heads: int, e: int, c: int, rows: int, lengths: list[int] |
         w_q=rand(d, d, scale=d**-0.5), w_k=rand(d, c, scale=c**-0.5), w_v=rand(d, c, scale=c**-0.5),
         w_o=rand(d, d, scale=d**-0.5),
     )  # fmt: skip
+    if biases:
+        args["biases"] = [(rand(heads, 3 + i), torch.randint(-1, 3 + i, shape)) for i in range(biases)]
     if rank is not None:
         args |= {name: (rand(rank, c, scale=c**-0.5), rand(d, rank, scale=0.5), 0.7) for name in ("lora_k", "lora_v")}
     return args
@@ -73,6 +76,7 @@ def shapes(draw: st.DrawFn, tiny: bool = True) -> dict[str, Any]:
         e=draw(st.sampled_from([1, 4, 7] if tiny else [16])), c=draw(st.sampled_from([1, 3, 16, 33] if tiny else [16, 33])),
         rows=draw(st.sampled_from([2, 5, 100] if tiny else [20, 100])), m=draw(st.sampled_from([None, 0, 1, 4] if tiny else [None, 1, 4])),
         rank=draw(st.sampled_from([None, 1, 3])), holes=draw(st.booleans()), bank_grad=draw(st.booleans()),
+        biases=draw(st.sampled_from([0, 1, 2])),
     )  # fmt: skip
 
 
@@ -92,7 +96,7 @@ def test_matches_the_reference(strategy, backend, dtype, seed):
 
 @pytest.mark.parametrize(("strategy", "backend"), WAYS)
 def test_a_real_size(strategy, backend):
-    args = make(6, 4, 32, 128, 3000, [200, 0, 1000, 3, 57, 1], rank=8, m=3)
+    args = make(6, 4, 32, 128, 3000, [200, 0, 1000, 3, 57, 1], rank=8, m=3, biases=1)
     oracle.check(op(strategy, backend), plain, args, torch.float32)
 
 
@@ -100,7 +104,7 @@ def test_a_real_size(strategy, backend):
 @pytest.mark.parametrize("lengths", [4, [2, 0, 5]], ids=["padded", "jagged"])
 @pytest.mark.parametrize("m", [None, 3])
 def test_gradcheck(strategy, lengths, m):
-    oracle.gradcheck(op(strategy, "torch"), make(3, 2, 2, 3, 4, lengths, m=m, holes=True))
+    oracle.gradcheck(op(strategy, "torch"), make(3, 2, 2, 3, 4, lengths, m=m, holes=True, biases=1))
 
 
 @pytest.mark.parametrize(("strategy", "backend"), WAYS)
@@ -109,7 +113,7 @@ def test_gradcheck(strategy, lengths, m):
 def test_users_without_history(strategy, backend, kind, dtype):
     oracle.skip_unless_served(backend, dtype)
     lengths = {"no items": 0, "all missing": 5, "jagged": [0, 0, 0], "empty bank": 5}[kind]
-    args = oracle.convert(make(3, 2, 4, 8, 0 if kind == "empty bank" else 7, lengths), dtype)
+    args = oracle.convert(make(3, 2, 4, 8, 0 if kind == "empty bank" else 7, lengths, biases=1), dtype)
     if kind == "all missing":
         args["ids"] = torch.full((3, 5), -1)
     with oracle.poisoned():
@@ -120,9 +124,11 @@ def test_users_without_history(strategy, backend, kind, dtype):
 
 @pytest.mark.parametrize(("strategy", "backend"), WAYS)
 def test_jagged_equals_padded(strategy, backend):
-    jagged = oracle.convert(make(4, 2, 8, 16, 30, [5, 0, 9, 1]), torch.float32)
+    jagged = oracle.convert(make(4, 2, 8, 16, 30, [5, 0, 9, 1], biases=1), torch.float32)
     ids, mask = reference.padding.padded(jagged["ids"], jagged["offsets"])
-    padded = jagged | dict(ids=ids.masked_fill(~mask, -1), offsets=None)
+    [(table, buckets)] = jagged["biases"]
+    padded = jagged | dict(ids=ids.masked_fill(~mask, -1), offsets=None,
+                           biases=[(table, reference.padding.padded(buckets, jagged["offsets"])[0])])  # fmt: skip
     for a, b in zip(oracle.run(op(strategy, backend), jagged, 0), oracle.run(op(strategy, backend), padded, 0), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
@@ -154,7 +160,7 @@ def test_a_bank_of_another_dtype(strategy, backend):
 
 @pytest.mark.parametrize(("strategy", "backend"), WAYS)
 def test_same_bits_twice(strategy, backend):
-    args = oracle.convert(make(5, 2, 16, 40, 30, [3, 70, 0, 1, 200]), torch.float32)
+    args = oracle.convert(make(5, 2, 16, 40, 30, [3, 70, 0, 1, 200], biases=1), torch.float32)
     oracle.same_bits_twice(op(strategy, backend), args)
 
 
@@ -162,7 +168,7 @@ def test_same_bits_twice(strategy, backend):
 @pytest.mark.parametrize("lengths", [6, [4, 0, 6]], ids=["padded", "jagged"])
 @pytest.mark.parametrize("m", [None, 2])
 def test_torch_compile_fullgraph(strategy, backend, lengths, m):
-    args = oracle.convert(make(3, 2, 4, 8, 20, lengths, m=m), torch.float32)
+    args = oracle.convert(make(3, 2, 4, 8, 20, lengths, m=m, biases=1), torch.float32)
     torch._dynamo.reset()
     compiled = torch.compile(op(strategy, backend), fullgraph=True, backend="aot_eager")
     for a, b in zip(oracle.run(op(strategy, backend), args, 0), oracle.run(compiled, args, 0), strict=True):
@@ -172,7 +178,7 @@ def test_torch_compile_fullgraph(strategy, backend, lengths, m):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("strategy", ["absorb", "project"])
 def test_autocast(strategy, dtype):
-    args = oracle.convert(make(2, 2, 4, 8, 20, [3, 5]), torch.float32)
+    args = oracle.convert(make(2, 2, 4, 8, 20, [3, 5], biases=1), torch.float32)
     call = op(strategy, "auto")
     with torch.autocast("cpu", dtype=dtype):
         out = call(**args)
@@ -186,16 +192,21 @@ def test_autocast(strategy, dtype):
 
 @pytest.mark.parametrize("backend", oracle.backends("lora_target_attention"))
 @pytest.mark.parametrize("offsets", [None, torch.tensor([0, 3, 7])], ids=["padded", "jagged"])
-def test_opcheck(backend, offsets):
+@pytest.mark.parametrize("biased", [False, True])
+def test_opcheck(backend, offsets, biased):
     u = torch.randn(2, 2, 3, 8, requires_grad=True)
     bank = torch.randn(9, 8, requires_grad=True)
     history = torch.randint(-1, 9, (2, 5) if offsets is None else (7,))
     w = torch.randn(2, 5, 8, requires_grad=True)
-    torch.library.opcheck(torch.ops.em3.lora_target_attention, (u, w, history, offsets, bank, backend))
-    y, o, lse = (t.detach() for t in torch.ops.em3.lora_target_attention(u, w, history, offsets, bank, backend))
-    back = (torch.randn_like(o), u.detach(), w.detach(), history, offsets, bank.detach(), y, o, lse, True, True, True, backend)
+    bias = torch.randn(*history.shape, 2, requires_grad=True) if biased else None
+    args = (u, w, history, offsets, bank, bias, "softmax", 0)
+    torch.library.opcheck(torch.ops.em3.lora_target_attention, (*args, backend))
+    args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
+    y, o, lse = torch.ops.em3.lora_target_attention(*args, backend)
+    back = (torch.randn_like(o), *args, y, o, lse, True, True, True, biased, backend)
     torch.library.opcheck(torch.ops.em3.lora_target_attention_backward, back)
     torch.library.opcheck(torch.ops.em3.bank_rows, (history, 9))
+    torch.library.opcheck(torch.ops.em3.bias_rows, (history, 9, "buckets"))
 
 
 @pytest.mark.parametrize("backend", oracle.backends("lora_target_attention"))
@@ -206,8 +217,8 @@ def test_a_row_number_outside_the_bank_is_never_read(backend):
     wild = torch.tensor([[1, 10**12, -(10**12), 4]])
     tame = torch.tensor([[1, -1, -1, 4]])
     for offsets, shape in ((None, (1, 4)), (torch.tensor([0, 4]), (4,))):
-        got = backend.forward(u, w, wild.view(shape), offsets, bank)
-        want = backend.forward(u, w, tame.view(shape), offsets, bank)
+        got = backend.forward(u, w, wild.view(shape), offsets, bank, None, SOFTMAX)
+        want = backend.forward(u, w, tame.view(shape), offsets, bank, None, SOFTMAX)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
@@ -303,6 +314,88 @@ def test_arguments_on_another_device(name):
         op("auto", "auto")(**args)
 
 
+@pytest.mark.parametrize(("strategy", "backend"), WAYS)
+@pytest.mark.parametrize("jagged", [False, True])
+def test_a_bias_of_no_item_reaches_nothing(strategy, backend, jagged):
+    """What lies in the table for a place where there is no item, were it NaN; and -1 is no bias."""
+    args = oracle.convert(make(3, 2, 4, 6, 9, [5, 0, 7] if jagged else 6, biases=1), torch.float32)
+    [(table, buckets)] = args["biases"]
+    args["ids"].view(-1)[[1, 3]] = -1
+    buckets.view(-1)[[1, 3]] = 2
+    buckets.masked_fill_((buckets == 2) & (args["ids"] >= 0), 0)
+    want = oracle.run(op(strategy, backend), args | {"biases": [(table, buckets.masked_fill(buckets == 2, -1))]}, 0)
+    with torch.no_grad():
+        table[:, 2] = torch.nan
+    got = oracle.run(op(strategy, backend), args, 0)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def pooled(pooling: str, k: int | None, backend: str = "torch") -> tuple[Any, Any]:
+    """The operation and its reference with a pooling."""
+    return tuple(lambda fn=fn, **args: fn(**args, pooling=pooling, top_k=k) for fn in (op("absorb", backend), plain))  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_weights_that_are_not_normalised(dtype, seed):
+    @settings(max_examples=25)
+    @given(shape=shapes(tiny=dtype not in oracle.HALF), salt=st.integers(0, 2**31))
+    def check(shape, salt):
+        torch.manual_seed(seed ^ salt)
+        oracle.check(*pooled("din", None), make(**shape), dtype, salt)
+
+    check()
+
+
+def apart(args: dict[str, Any], heads: int) -> dict[str, Any]:
+    """The same with scores whose order is far from any rounding: a bias of its own for each place, half apart."""
+    ids, offsets = args["ids"], args["offsets"]
+    n = ids.shape[1] if offsets is None else max([0, *offsets.diff().tolist()])
+    table = torch.stack([torch.randperm(n) / 2 for _ in range(heads)]).double().requires_grad_()
+    within = torch.arange(n).expand(ids.shape) if offsets is None else torch.cat([torch.arange(k) for k in [0, *offsets.diff().tolist()]])
+    target = (0.01 * args["target"]).detach().requires_grad_()
+    return args | dict(biases=[(table, within.long())], target=target)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("k", [1, 4, 60])
+def test_the_best_of_a_history(k, dtype, seed):
+    @settings(max_examples=10)
+    @given(shape=shapes(tiny=dtype not in oracle.HALF), salt=st.integers(0, 2**31))
+    def check(shape, salt):
+        torch.manual_seed(seed ^ salt)
+        oracle.check(*pooled("top_k", k), apart(make(**shape), shape["heads"]), dtype, salt)
+
+    check()
+
+
+@pytest.mark.parametrize("pooling", ["din", "top_k"])
+@pytest.mark.parametrize("lengths", [4, [2, 0, 5]], ids=["padded", "jagged"])
+def test_gradcheck_of_other_poolings(pooling, lengths):
+    args = apart(make(3, 2, 2, 3, 4, lengths, m=2, holes=True), 2)
+    oracle.gradcheck(pooled(pooling, 2 if pooling == "top_k" else None)[0], args)
+
+
+def test_as_many_as_there_are_is_all_and_equal_scores_join():
+    args = make(4, 2, 4, 6, 9, [5, 0, 7, 2])
+    for a, b in zip(oracle.run(pooled("top_k", 7)[0], args, 0), oracle.run(op("absorb", "torch"), args, 0), strict=True):
+        assert torch.equal(a, b)
+    args["ids"].fill_(3)  # one item again and again: all places are the best
+    torch.testing.assert_close(pooled("top_k", 1)[0](**args)[0], op("absorb", "torch")(**args)[0])
+
+
+@pytest.mark.parametrize("pooling", ["din", "top_k"])
+def test_other_poolings_take_the_torch_backend_by_themselves(pooling):
+    args = oracle.convert(make(3, 2, 4, 6, 9, [4, 1, 6]), torch.float32)
+    how = dict(pooling=pooling, top_k=2 if pooling == "top_k" else None)
+    torch.testing.assert_close(op("auto", "auto")(**args, **how), op("absorb", "torch")(**args, **how))
+    compiled = torch.compile(op("auto", "auto"), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**args, **how), op("absorb", "torch")(**args, **how))
+    if _dispatch.module("lora_target_attention", "cpp").unavailable() is None:
+        with pytest.raises(em3.BackendError, match=f"pools by softmax only and pooling was '{pooling}'; use another backend"):
+            op("auto", "cpp")(**args, **how)
+
+
 def test_the_cost_model_takes_the_cheaper_form():
     bank = torch.empty(100_000, 256, device="meta")
     assert cheaper(64 * 200, 64, bank, 1, 4, 256) == "absorb"
@@ -335,6 +428,19 @@ def messages() -> dict[str, tuple[dict[str, Any], str]]:
         "lora scaling": (dict(lora_v=(f(2, 6), f(4, 2), f(()))), r"lora_v\[2\] \(scaling\): was Tensor, must be a number"),
         "dtype": (dict(w_o=f(4, 4).double()), r"w_o: was torch.float64, must be torch.float32 like target"),
         "device": (dict(bank=torch.empty(5, 6, device="meta")), r"bank: was on meta, must be on cpu like target"),
+        "biases form": (dict(biases=f(2, 3)), r"biases: was Tensor, must be a list of \(table \[H, buckets\], buckets\) or None"),
+        "bias form": (dict(biases=[f(2, 3)]), r"biases\[0\]: was Tensor, must be \(table \[H, buckets\], buckets\)"),
+        "table heads": (dict(biases=[(f(3, 3), ids)]), r"biases\[0\]\[0\] \(table\): was \[3, 3\], must be \[2, buckets\]"),
+        "table dtype": (dict(biases=[(ids, ids)]), r"biases\[0\]\[0\] \(table\): was torch.int64, must be torch.float32, "),
+        "buckets shape": (dict(biases=[(f(2, 5), ids[:1])]), r"biases\[0\]\[1\] \(buckets\): was \[1, 2\], must be \[2, 2\]"),
+        "buckets dtype": (dict(biases=[(f(2, 5), ids.float())]), r"biases\[0\]\[1\] \(buckets\): was torch.float32, must be"),
+        "bucket": (dict(biases=[(f(2, 4), ids)]), r"biases\[0\]\[1\] \(buckets\): held 4, must be from -1 \(-1 = none\) to 3, the last bucket"),
+        "bias device": (dict(biases=[(f(2, 5), ids.to("meta"))]), r"biases\[0\]\[1\] \(buckets\): was on meta, must be on cpu"),
+        "pooling": (dict(pooling="mean"), r"pooling: was 'mean', must be one of 'softmax', 'din', 'top_k'"),
+        "no top_k": (dict(pooling="top_k"), r"top_k: was None, must be an integer of at least 1 with pooling='top_k'"),
+        "top_k 0": (dict(pooling="top_k", top_k=0), r"top_k: was 0, must be an integer of at least 1"),
+        "top_k unused": (dict(top_k=3), r"top_k: was 3, must be None with pooling='softmax'"),
+        "pooling projected": (dict(pooling="din", strategy="project"), r"strategy: was 'project', must be 'absorb' or 'auto' with pooling='din'"),
         "strategy": (dict(strategy="best"), r"strategy: was 'best', must be one of"),
         "backend": (dict(backend="x"), r"backend: was 'x', must be one of"),
     }  # fmt: skip

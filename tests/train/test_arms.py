@@ -46,6 +46,10 @@ def test_what_the_arms_are(ranker: str, tokens: Tokens, seed: int) -> None:
     assert {arm: build(arm, full, batches, [5, 3], features).history for arm in ARMS[1:]} == {
         "two_stage": "lora", "em3": "full", "em3_mean_tokens": "full", "em3_no_lora": "frozen", "em3_no_contrast": "full",
     }  # fmt: skip
+    others = dataclasses.replace(config, model=dataclasses.replace(model, pooling="top_k", top_k=3, position_buckets=4, time_buckets=5))
+    for arm in ARMS[1:]:
+        part = build(arm, others, batches, [5, 3], features).interest
+        assert (part.pooling, part.top_k, part.position_buckets, part.time_buckets) == ("top_k", 3, 4, 5)
     made = {arm: build(arm, config, batches, [5, 3], features) for arm in ARMS}
     for arm, built in made.items():
         assert type(built.ranker) is {"din": DIN, "dcnv2": DCNv2}[ranker]

@@ -88,7 +88,7 @@ def test_the_estimate_is_of_the_right_size(executed: tuple[Run, Path], catalogue
     if not cost.CLEAR.exists():
         pytest.skip("the high-water mark of memory can only be reset on Linux")
     words = [f"data={catalogue}", *WORDS, f"tokens={executed[1] / 'tokens.safetensors'}", "train.batch_size=720", "arms=[em3]",
-             "history_length=200", "model.id_dim=256", "model.content_dim=256", "model.history=full"]  # fmt: skip
+             "history_length=200", "model.time_buckets=8", "model.id_dim=256", "model.content_dim=256", "model.history=full"]  # fmt: skip
     run = Run(load([], words), tmp_path, silent)
     run.results()
     measured = cost.peak_memory(tmp_path, "em3")

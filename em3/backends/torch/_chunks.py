@@ -25,6 +25,7 @@ class Rows(NamedTuple):
     offsets: Tensor | None  # [B + 1]
     mask: Tensor | None  # [B, N], padded only; None with a lookup
     lookup: Tensor | None = None  # [B, N] or [T]: row numbers into values; out of range = missing
+    bias: Tensor | None = None  # [B, N, H] or [T, H], added to the scores of each head; only with a lookup
 
     def safe(self) -> Rows:
         """Without offsets or row numbers that lie outside: on a GPU nobody has looked at them.
@@ -48,6 +49,8 @@ class Piece(NamedTuple):
     x: Tensor  # [b, n, C], zero where not present
     present: Tensor | None  # [b, n] bool, None = all
     source: Tensor | slice  # where x came from: row numbers [b, n] into values' rows, or a slice of items
+    bias: Tensor | None = None  # [b, n, H]
+    place: Tensor | slice | None = None  # where that came from: row numbers [b, n] into [B * N, H] or [T, H], or items
 
 
 class _Kept(threading.local):
@@ -148,7 +151,8 @@ def _lengths(stream: Rows, num_items: int) -> Tensor:
 def _padded(stream: Rows, items: slice | Tensor, scratch: Scratch) -> Piece:
     mask = None if stream.mask is None else stream.mask[items]
     if stream.lookup is not None:
-        return _taken(stream.values, stream.lookup[items], mask, scratch)
+        piece = _taken(stream.values, stream.lookup[items], mask, scratch)
+        return piece if stream.bias is None else piece._replace(bias=stream.bias[items], place=items)
     x = stream.values[items]
     if mask is not None and not (mask.device.type == "cpu" and bool(mask.all())):
         x = x.masked_fill(~mask[..., None], 0)
@@ -164,11 +168,12 @@ def _gathered(stream: Rows, items: Tensor, longest: int, scratch: Scratch) -> Pi
     total = (stream.values if stream.lookup is None else stream.lookup).shape[0]
     rows = stream.offsets[items][:, None] + torch.arange(longest, device=items.device)  # [b, n]
     present = rows < stream.offsets[items + 1][:, None]
-    rows = rows.masked_fill(~present, 0)
+    places = rows = rows.masked_fill(~present, 0)
     if stream.lookup is not None and total:
         present = present if stream.mask is None else present & stream.mask[rows]
         rows = stream.lookup[rows]
-    return _taken(stream.values, rows, present, scratch)
+    piece = _taken(stream.values, rows, present, scratch)
+    return piece if stream.bias is None or not total else piece._replace(bias=stream.bias[places], place=places)
 
 
 def _taken(values: Tensor, rows: Tensor, present: Tensor | None, scratch: Scratch) -> Piece:
@@ -200,8 +205,20 @@ def scatter(out: Tensor, piece: Piece, grad: Tensor) -> None:
         if grad.data_ptr() != place.data_ptr():  # else it was computed there
             place.copy_(grad)
         return
-    rows, flat = piece.source.reshape(-1), grad.reshape(-1, grad.shape[-1])
-    if piece.present is not None:
-        keep = piece.present.reshape(-1)
+    _add(out, piece.source, piece.present, grad)
+
+
+def scatter_bias(out: Tensor, piece: Piece, grad: Tensor) -> None:
+    """Add the gradient ``[b, n, H]`` of a piece's bias to ``out`` (shaped like the bias, zero at first)."""
+    if isinstance(piece.place, slice) or out.dim() == 3:
+        out[piece.place] += grad
+    elif piece.place is not None:
+        _add(out, piece.place, piece.present, grad)
+
+
+def _add(out: Tensor, rows: Tensor, present: Tensor | None, grad: Tensor) -> None:
+    rows, flat = rows.reshape(-1), grad.reshape(-1, grad.shape[-1])
+    if present is not None:
+        keep = present.reshape(-1)
         rows, flat = rows[keep], flat[keep]
     out.view(-1, out.shape[-1]).index_add_(0, rows, flat.to(out.dtype))

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ...ops._dropout import Dropout
-from ._chunks import Chunk, Rows, chunks, room, scatter
+from ...ops._pooling import SOFTMAX, Pooling
+from ._chunks import Chunk, Rows, chunks, room, scatter, scatter_bias
 
 
 def unavailable() -> str | None:
@@ -62,8 +63,8 @@ def project_backward(dout: Tensor, y: list[Tensor], w: list[Tensor],
     return dy, dw
 
 
-def attend(streams: list[Rows], u: list[Tensor], c: Tensor | None, batch: int,
-           drop: Dropout | None = None) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
+def attend(streams: list[Rows], u: list[Tensor], c: Tensor | None, batch: int, drop: Dropout | None = None,
+           pool: Pooling = SOFTMAX) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
     """``u[m] [H, 1 or B, Q, C_m]`` reads the streams: ``y[m] [H, B, Q, C_m]``, ``mass [M, H, B, Q]``, ``lse [H, B, Q]``."""
     h, _, q, _ = u[0].shape
     dtype, device = compute_dtype(u[0]), u[0].device
@@ -73,9 +74,9 @@ def attend(streams: list[Rows], u: list[Tensor], c: Tensor | None, batch: int,
     mass = torch.empty(len(streams), batch, h * q, dtype=dtype, device=device)
     total = torch.empty(batch, h * q, dtype=dtype, device=device)
     for chunk in chunks(streams, batch, row_cost(streams, h * q)):
-        weights, shift = _exponentials(_scores(chunk, u, c, dtype))  # [b, K, n] a stream
+        weights, shift = _exponentials(_scores(chunk, u, c, dtype), pool)  # [b, K, n] a stream
         part = torch.stack([w.sum(-1) for w in weights])  # [M, b, K]
-        whole = part.sum(0)
+        whole = part.sum(0) if pool.kind != "din" else torch.ones_like(shift)  # by which weights are divided
         if drop is not None:
             weights = [w.mul_(_factors(drop, m, chunk, w)) for m, w in enumerate(weights)]
             part = torch.stack([w.sum(-1) for w in weights])
@@ -106,8 +107,10 @@ def attention_weights(streams: list[Rows], u: list[Tensor], c: Tensor | None, ba
 
 def attend_backward(streams: list[Rows], dy: list[Tensor], dmass: Tensor | None, u: list[Tensor], c: Tensor | None,
                     y: list[Tensor], mass: Tensor, lse: Tensor, need_u: bool, need_values: list[bool],
-                    drop: Dropout | None = None) -> tuple[list[Tensor], Tensor, list[Tensor]]:  # fmt: skip
-    """Gradients to ``u``, ``c`` and to the values asked for (an empty tensor for the others)."""
+                    drop: Dropout | None = None, pool: Pooling = SOFTMAX,
+                    dbias: Tensor | None = None) -> tuple[list[Tensor], Tensor, list[Tensor]]:  # fmt: skip
+    """Gradients to ``u``, ``c`` and to the values asked for (an empty tensor for the others); that to the one stream's
+    bias is added to ``dbias``, where it is wanted."""
     h, batch, q = lse.shape
     dtype = lse.dtype
     shared = u[0].shape[1] == 1 and batch != 1
@@ -120,7 +123,7 @@ def attend_backward(streams: list[Rows], dy: list[Tensor], dmass: Tensor | None,
     ]
     shift = lse.clamp(min=torch.finfo(dtype).min)
     for chunk in chunks(streams, batch, row_cost(streams, h * q)):
-        weights = [s.sub_(_of_items(shift[..., None], chunk, dtype)).exp_() for s in _scores(chunk, u, c, dtype)]
+        weights = [pool.weights(s, _of_items(shift[..., None], chunk, dtype)) for s in _scores(chunk, u, c, dtype)]
         dread = [_of_items(g, chunk, dtype) for g in dy]  # [b, K, C]
         delta = _delta(dread, dmass, y, mass, chunk)  # [b, K, 1]
         for m, piece in enumerate(chunk.pieces):
@@ -133,7 +136,9 @@ def attend_backward(streams: list[Rows], dy: list[Tensor], dmass: Tensor | None,
                 factors = _factors(drop, m, chunk, ds)
                 ds.mul_(factors)
                 kept = kept * factors
-            ds.sub_(delta).mul_(weights[m])
+            pool.gradient_(ds, weights[m], delta)
+            if dbias is not None and piece.bias is not None:
+                scatter_bias(dbias, piece, ds.view(chunk.size, h, q, ds.shape[2]).sum(2).transpose(1, 2))
             if need_values[m]:
                 grad = room(dx[m], piece, dtype)  # [b, n, C]
                 torch.bmm(ds.transpose(1, 2), _of_items(u[m], chunk, dtype), out=grad)
@@ -175,11 +180,11 @@ def _highest(scores: list[Tensor]) -> Tensor:
     return functools.reduce(torch.maximum, tops)
 
 
-def _exponentials(scores: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """In place ``exp(scores - shift)``, where the row's largest is 1, and ``shift [b, K]``."""
+def _exponentials(scores: list[Tensor], pool: Pooling = SOFTMAX) -> tuple[list[Tensor], Tensor]:
+    """Weights in place of the scores, ``exp(scores - shift)`` unless ``pool`` has others, and ``shift [b, K]``: the largest."""
     # The lowest finite number, where no stream has a token: every weight is then exp(-inf) = 0, and so is what is read.
     shift = _highest(scores).clamp_(min=torch.finfo(scores[0].dtype).min)
-    return [s.sub_(shift[..., None]).exp_() for s in scores], shift
+    return [pool.weights(s, shift[..., None]) for s in scores], shift
 
 
 def _delta(dread: list[Tensor], dmass: Tensor | None, y: list[Tensor], mass: Tensor, chunk: Chunk) -> Tensor:
@@ -198,6 +203,9 @@ def _scores(chunk: Chunk, u: list[Tensor], c: Tensor | None, dtype: torch.dtype)
         scores = torch.bmm(_of_items(u[m], chunk, dtype), piece.x.to(dtype).transpose(1, 2))
         if c is not None:
             scores += _of_items(c[m][..., None], chunk, dtype)
+        if piece.bias is not None:
+            heads = piece.bias.to(dtype).transpose(1, 2)[:, :, None]  # [b, H, 1, n]
+            scores.view(chunk.size, u[m].shape[0], u[m].shape[2], scores.shape[2]).add_(heads)
         if piece.present is not None:
             scores.masked_fill_(~piece.present[:, None, :], -torch.inf)
         out.append(scores)
