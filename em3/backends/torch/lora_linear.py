@@ -6,6 +6,8 @@ its gradients: ``shrink`` (``[T, C]`` by ``[R, C]`` -> ``[T, R]``), ``expand_`` 
 ``[T, D]``) and ``collect`` (``[T, R]^T [T, C]`` -> ``[R, C]``), each for one shared adapter or for one a row. They
 compute in float32 for the half types.
 
+Under dropout a copy of x that is dropped takes x's place before the adapters, in ``shrink`` and ``collect``.
+
 No Python loop over adapters, and nothing waits for the device. On the CPU the same inputs give the same bits. On a GPU
 ``collect`` adds its tiles with ``index_add_``, which is deterministic under ``torch.use_deterministic_algorithms``.
 """
