@@ -1,5 +1,7 @@
 """``qformer_attention`` in Triton: rows of absorbed queries attend over raw tokens, one stream a launch.
 
+``lora_target_attention`` is the same with tokens that are looked up: rows of a bank, by their numbers.
+
 ``R = H * Q`` rows of ``u`` read an item's tokens ``x``; row ``r = (h, q)`` has the score ``s = u[r] . x[t] + c[r]``. Every
 stream is read under a softmax of its own here, and so is every part of the tokens that an item is cut into; the
 caller joins them by their logsumexps. A program holds ROWS rows and, in float32 registers, ROWS x WIDTH sums.
@@ -33,11 +35,20 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 class Stream(NamedTuple):
-    """The tokens of one stream: padded ``[B, N, C]`` or, with offsets, jagged ``[T, C]``; columns lie side by side."""
+    """The tokens of one stream: padded ``[B, N, C]`` or, with offsets, jagged ``[T, C]``; columns lie side by side.
+
+    With ``lookup`` the tokens are rows of a bank ``values [n, C]``, which may be of another dtype than the queries.
+    """
 
     values: Tensor
     offsets: Tensor | None  # [B + 1] int64
     mask: Tensor | None  # [B, N] bool, True = a real token
+    lookup: Tensor | None = None  # [B, N] or [T] int64; a number outside the bank is no token
+
+    @property
+    def places(self) -> torch.Size:
+        """``[B, N]`` or ``[T]``."""
+        return self.values.shape[:-1] if self.lookup is None else self.lookup.shape
 
 
 class Config(NamedTuple):
@@ -74,6 +85,18 @@ def _present(mask, at, token, last):
 
 
 @triton.jit
+def _placed(base, lookup, bank, at, t, step, stride, inside):
+    """The tokens of a tile: behind which address, in which rows, and whether they are there."""
+    here = base + tl.cast(t, tl.int64) * stride
+    row = step
+    if lookup is not None:
+        here = base
+        row = tl.load(lookup + at + t + step, mask=inside, other=-1)
+        inside = inside & (row >= 0) & (row < bank)
+    return here, row, inside
+
+
+@triton.jit
 def _tile(base, row, stride, col, inside, C):
     """Rows ``row`` and columns ``col`` behind ``base``, zero outside: what lies there may be NaN."""
     return tl.load(base + row[:, None] * stride + col[None, :], mask=inside[:, None] & (col < C)[None, :], other=0.0)
@@ -81,19 +104,20 @@ def _tile(base, row, stride, col, inside, C):
 
 @triton.jit
 def _product(a, a_row, a_stride, a_in, b, b_row, b_stride, b_in, C,
-             A: tl.constexpr, B: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """``a b^T`` over all C columns, a chunk at a time."""
+             A: tl.constexpr, B: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+             TYPE: tl.constexpr):  # fmt: skip
+    """``a b^T`` over all C columns, a chunk at a time, in dtype TYPE."""
     out = tl.zeros((A, B), tl.float32)
     for first in range(0, C, CHUNK):
         col = first + tl.arange(0, CHUNK)
         left = _tile(a, a_row, a_stride, col, a_in, C)
         right = _tile(b, b_row, b_stride, col, b_in, C)
-        out = tl.dot(left, tl.trans(right), out, input_precision=PRECISION)
+        out = tl.dot(left.to(TYPE), tl.trans(right.to(TYPE)), out, input_precision=PRECISION)
     return out
 
 
 @triton.jit
-def _forward(u, c, x, offsets, mask, y, lse, batch, tokens, x_item, x_token, C, Q, R, groups, slices, parts,
+def _forward(u, c, x, offsets, mask, lookup, y, lse, batch, tokens, bank, x_item, x_token, C, Q, R, groups, slices, parts,
              PER_ITEM: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
              CHUNK: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """``y [parts, H, B, Q, C]`` and ``lse [parts, H, B, Q]`` of one group of rows, one item, one part, one slice."""
@@ -112,8 +136,10 @@ def _forward(u, c, x, offsets, mask, y, lse, batch, tokens, x_item, x_token, C, 
     step = tl.arange(0, TOKENS)
 
     begin, first, last = _span(offsets, item, part, parts, tokens, TOKENS)
-    base = x + (begin * x_token if offsets is not None else item.to(tl.int64) * x_item)
-    mask_at = item.to(tl.int64) * tokens
+    at = begin if offsets is not None else item.to(tl.int64) * tokens
+    base = x
+    if lookup is None:
+        base = x + (begin * x_token if offsets is not None else item.to(tl.int64) * x_item)
     if CHUNK == WIDTH:
         rows = _tile(u, u_row, C, col, row_in, C)
     shift = tl.zeros((ROWS,), tl.float32)
@@ -123,13 +149,14 @@ def _forward(u, c, x, offsets, mask, y, lse, batch, tokens, x_item, x_token, C, 
     total = tl.zeros((ROWS,), tl.float32)
     read = tl.zeros((ROWS, WIDTH), tl.float32)
     for t in range(first, last, TOKENS):
-        inside = _present(mask, mask_at, t + step, last)
-        here = base + tl.cast(t, tl.int64) * x_token
-        seen = _tile(here, step, x_token, col, inside, C)
+        inside = _present(mask, at, t + step, last)
+        here, place, inside = _placed(base, lookup, bank, at, t, step, x_token, inside)
+        seen = _tile(here, place, x_token, col, inside, C).to(u.dtype.element_ty)
         if CHUNK == WIDTH:
             s = tl.dot(rows, tl.trans(seen), input_precision=PRECISION)
         else:
-            s = _product(u, u_row, C, row_in, here, step, x_token, inside, C, ROWS, TOKENS, CHUNK, PRECISION)
+            s = _product(u, u_row, C, row_in, here, place, x_token, inside, C, ROWS, TOKENS, CHUNK, PRECISION,
+                         u.dtype.element_ty)  # fmt: skip
         s = tl.where(inside[None, :], (s + shift[:, None]) * LOG2E, float("-inf"))
         new = tl.maximum(top, tl.max(s, 1))
         safe = tl.where(new == float("-inf"), 0.0, new)  # no token so far: every weight is exp(-inf) = 0
@@ -154,7 +181,7 @@ def _score_gradient(s, dp, shift, dshift, lse, inside):
 
 
 @triton.jit
-def _query_gradient(u, c, x, offsets, mask, dy, dshift, lse, du, dc, batch, tokens, x_item, x_token, C, Q, R, groups,
+def _query_gradient(u, c, x, offsets, mask, lookup, dy, dshift, lse, du, dc, batch, tokens, bank, x_item, x_token, C, Q, R, groups,
                     slices, parts, units,
                     PER_ITEM: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
                     CHUNK: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
@@ -189,22 +216,26 @@ def _query_gradient(u, c, x, offsets, mask, dy, dshift, lse, du, dc, batch, toke
         item = unit // parts
         item_row = ((r // Q).to(tl.int64) * batch + item) * Q + r % Q
         begin, first, last = _span(offsets, item, unit % parts, parts, tokens, TOKENS)
-        base = x + (begin * x_token if offsets is not None else tl.cast(item, tl.int64) * x_item)
-        mask_at = tl.cast(item, tl.int64) * tokens
+        at = begin if offsets is not None else tl.cast(item, tl.int64) * tokens
+        base = x
+        if lookup is None:
+            base = x + (begin * x_token if offsets is not None else tl.cast(item, tl.int64) * x_item)
         level = tl.load(lse + item_row, mask=row_in, other=0.0)
         less = tl.load(dshift + item_row, mask=row_in, other=0.0)
         if CHUNK == WIDTH:
             dread = _tile(dy, item_row, C, col, row_in, C)
         for t in range(first, last, TOKENS):
-            inside = _present(mask, mask_at, t + step, last)
-            here = base + tl.cast(t, tl.int64) * x_token
-            seen = _tile(here, step, x_token, col, inside, C)
+            inside = _present(mask, at, t + step, last)
+            here, place, inside = _placed(base, lookup, bank, at, t, step, x_token, inside)
+            seen = _tile(here, place, x_token, col, inside, C).to(u.dtype.element_ty)
             if CHUNK == WIDTH:
                 s = tl.dot(rows, tl.trans(seen), input_precision=PRECISION)
                 dp = tl.dot(dread, tl.trans(seen), input_precision=PRECISION)
             else:
-                s = _product(u, u_row, C, row_in, here, step, x_token, inside, C, ROWS, TOKENS, CHUNK, PRECISION)
-                dp = _product(dy, item_row, C, row_in, here, step, x_token, inside, C, ROWS, TOKENS, CHUNK, PRECISION)
+                s = _product(u, u_row, C, row_in, here, place, x_token, inside, C, ROWS, TOKENS, CHUNK, PRECISION,
+                             u.dtype.element_ty)  # fmt: skip
+                dp = _product(dy, item_row, C, row_in, here, place, x_token, inside, C, ROWS, TOKENS, CHUNK, PRECISION,
+                              u.dtype.element_ty)  # fmt: skip
             _, ds = _score_gradient(s, dp, shift[:, None], less[:, None], level[:, None], inside[None, :])
             flat += tl.sum(ds, 1)
             grad = tl.dot(ds.to(seen.dtype), seen, grad, input_precision=PRECISION)
@@ -215,7 +246,8 @@ def _query_gradient(u, c, x, offsets, mask, dy, dshift, lse, du, dc, batch, toke
 
 
 @triton.jit
-def _token_gradient(u, c, x, offsets, mask, dy, dshift, lse, dx, batch, tokens, x_item, x_token, C, Q, R, slices, parts,
+def _token_gradient(u, c, x, offsets, mask, lookup, dy, dshift, lse, dx, batch, tokens, bank, x_item, x_token, C, Q, R, slices,
+                    parts,
                     PER_ITEM: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
                     CHUNK: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """``ds^T u + p^T dy`` of one part of an item's tokens, one slice. Jagged: the rows that no item has are left alone."""
@@ -227,13 +259,15 @@ def _token_gradient(u, c, x, offsets, mask, dy, dshift, lse, dx, batch, tokens, 
     col = lane * WIDTH + tl.arange(0, WIDTH)
     step = tl.arange(0, TOKENS)
     begin, first, last = _span(offsets, item, part, parts, tokens, TOKENS)
-    base = x + (begin * x_token if offsets is not None else item.to(tl.int64) * x_item)
     at = begin if offsets is not None else item.to(tl.int64) * tokens
+    base = x
+    if lookup is None:
+        base = x + (begin * x_token if offsets is not None else item.to(tl.int64) * x_item)
     for t in range(first, last, TOKENS):
         inside = _present(mask, at, t + step, last)
-        here = base + tl.cast(t, tl.int64) * x_token
+        here, place, inside = _placed(base, lookup, bank, at, t, step, x_token, inside)
         if CHUNK == WIDTH:
-            seen = _tile(here, step, x_token, col, inside, C)
+            seen = _tile(here, place, x_token, col, inside, C).to(u.dtype.element_ty)
         grad = tl.zeros((TOKENS, WIDTH), tl.float32)
         for begun in range(0, R, ROWS):
             r = begun + tl.arange(0, ROWS)
@@ -251,8 +285,10 @@ def _token_gradient(u, c, x, offsets, mask, dy, dshift, lse, dx, batch, tokens, 
                 s = tl.dot(seen, tl.trans(rows), input_precision=PRECISION)
                 dp = tl.dot(seen, tl.trans(dread), input_precision=PRECISION)
             else:
-                s = _product(here, step, x_token, inside, u, u_row, C, row_in, C, TOKENS, ROWS, CHUNK, PRECISION)
-                dp = _product(here, step, x_token, inside, dy, item_row, C, row_in, C, TOKENS, ROWS, CHUNK, PRECISION)
+                s = _product(here, place, x_token, inside, u, u_row, C, row_in, C, TOKENS, ROWS, CHUNK, PRECISION,
+                             u.dtype.element_ty)  # fmt: skip
+                dp = _product(here, place, x_token, inside, dy, item_row, C, row_in, C, TOKENS, ROWS, CHUNK, PRECISION,
+                              u.dtype.element_ty)  # fmt: skip
             both = inside[:, None] & row_in[None, :]
             p, ds = _score_gradient(s, dp, shift[None, :], less[None, :], level[None, :], both)
             grad = tl.dot(ds.to(rows.dtype), rows, grad, input_precision=PRECISION)
@@ -278,18 +314,29 @@ def _table() -> dict[str, Any]:
     return table
 
 
-def config(kernel: str, stream: Stream) -> Config:
-    """The table's tile for these tokens."""
-    values, _, mask = stream
-    rows, width = _table()[kernel][kind(values.dtype, unit(values) > 1, mask is not None)], values.shape[-1]
-    return next(Config(*tile) for up_to, *tile in rows if up_to is None or width <= up_to)
+def config(kernel: str, stream: Stream, u: Tensor) -> Config:
+    """The table's tile for these tokens and queries."""
+    values, _, mask, lookup = stream
+    rows = _table()[kernel][kind(u.dtype, unit(values) > 1, mask is not None, lookup is not None)]
+    return next(Config(*tile) for up_to, *tile in rows if up_to is None or values.shape[-1] <= up_to)
 
 
-def kind(dtype: torch.dtype, even: bool, masked: bool) -> str:
-    """The part of the table that holds tiles for such tokens."""
-    if dtype == torch.float32:
-        return "float32" if even else "float32, odd"
-    return "half, odd" if not even else "half, masked" if masked else "half"
+def fitted(tile: Config, stream: Stream, u: Tensor) -> Config:
+    """For one target of a few heads: products without tensor cores need no 16 rows, and those that are not there cost as much."""
+    h, _, q, _ = u.shape
+    if stream.lookup is None or u.dtype != torch.float32 or precision() != "ieee":
+        return tile
+    return tile._replace(rows=min(tile.rows, max(4, 1 << (h * q - 1).bit_length())))
+
+
+def kind(dtype: torch.dtype, even: bool, masked: bool, looked_up: bool) -> str:
+    """The part of the table that holds tiles for such tokens, and queries of this dtype."""
+    what = "float32" if dtype == torch.float32 else "half"
+    if not even:
+        return f"{what}, odd"
+    if looked_up:
+        return f"{what}, looked up"
+    return "half, masked" if masked and what == "half" else what
 
 
 def unit(values: Tensor) -> int:
@@ -317,7 +364,7 @@ def forward(u: Tensor, c: Tensor | None, stream: Stream, batch: int) -> tuple[Te
     float32, and ``lse [P, H, B, Q]`` float32, -inf where there is no token.
     """
     h, _, q, width = u.shape
-    tile = config("forward", stream)
+    tile = fitted(config("forward", stream, u), stream, u)
     groups, slices = _cdiv(h * q, tile.rows), _cdiv(width, tile.width)
     parts = _parts(stream, batch, groups * slices * batch, tile, u.device)
     y = torch.empty(parts, h, batch, q, width, dtype=u.dtype if parts == 1 else torch.float32, device=u.device)
@@ -336,7 +383,7 @@ def query_gradient(u: Tensor, c: Tensor | None, stream: Stream, dy: Tensor, dshi
     """
     h, own, q, width = u.shape
     batch = lse.shape[1]
-    tile = config("query_gradient", stream)
+    tile = fitted(config("query_gradient", stream, u), stream, u)
     groups, slices = _cdiv(h * q, tile.rows), _cdiv(width, tile.width)
     parts = _parts(stream, batch, groups * slices * batch, tile, u.device)
     per_item, units = own == batch, 1
@@ -356,33 +403,37 @@ def query_gradient(u: Tensor, c: Tensor | None, stream: Stream, dy: Tensor, dshi
 
 
 def token_gradient(u: Tensor, c: Tensor | None, stream: Stream, dy: Tensor, dshift: Tensor, lse: Tensor) -> Tensor:
-    """The gradient to the tokens, ``[B, N, C]`` or ``[T, C]``; arguments as in ``query_gradient``."""
+    """The gradient to the tokens, ``[B, N, C]`` or ``[T, C]``; arguments as in ``query_gradient``.
+
+    Of tokens that are looked up it is in float32, for it is to be added up.
+    """
     values, batch = stream.values, lse.shape[1]
-    tile = config("token_gradient", stream)
+    tile = config("token_gradient", stream, u)
     slices = _cdiv(u.shape[-1], tile.width)
     parts = max(1, _cdiv(_mean_tokens(stream, batch), tile.tokens))
-    dx = torch.empty(values.shape, dtype=values.dtype, device=values.device)
+    dtype = values.dtype if stream.lookup is None else torch.float32
+    dx = torch.empty(*stream.places, values.shape[-1], dtype=dtype, device=values.device)
     if dx.numel() and batch:
         _launch(_token_gradient, slices * parts * batch, u, c, stream, (dy, dshift, lse, dx), batch, (slices, parts), tile)
     if dx.numel() and stream.offsets is not None:
         programs = waves(values.device)
         with _device(values):
-            _zero_behind[(programs,)](dx, stream.offsets, batch, *values.shape, programs, BLOCK=1024)
+            _zero_behind[(programs,)](dx, stream.offsets, batch, *dx.shape, programs, BLOCK=1024)
     return dx
 
 
 def _launch(kernel: Any, programs: int, u: Tensor, c: Tensor | None, stream: Stream, tensors: tuple[Tensor, ...],
             batch: int, counts: tuple[int, ...], tile: Config) -> None:  # fmt: skip
     """All kernels take the same arguments but for ``tensors`` and ``counts``."""
-    values, offsets, mask = stream
+    values, offsets, mask, lookup = stream
     h, own, q, width = u.shape
     one = unit(values)
     with _device(u):
         kernel[(programs,)](
-            u, c, values, offsets, None if mask is None else mask.view(torch.uint8), *tensors, batch, values.shape[-2],
-            values.stride(0) // one, values.stride(-2) // one, width // one, q, h * q, *counts, PER_ITEM=own == batch,
-            ROWS=tile.rows, TOKENS=tile.tokens, WIDTH=tile.width, CHUNK=tile.chunk, UNIT=one, PRECISION=precision(),
-            num_warps=tile.warps, num_stages=tile.stages, maxnreg=REGISTERS,
+            u, c, values, offsets, None if mask is None else mask.view(torch.uint8), lookup, *tensors, batch,
+            stream.places[-1], values.shape[0], values.stride(0) // one, values.stride(-2) // one, width // one, q, h * q,
+            *counts, PER_ITEM=own == batch, ROWS=tile.rows, TOKENS=tile.tokens, WIDTH=tile.width, CHUNK=tile.chunk, UNIT=one,
+            PRECISION=precision(), num_warps=tile.warps, num_stages=tile.stages, maxnreg=REGISTERS,
         )  # fmt: skip
 
 
@@ -400,8 +451,8 @@ def _parts(stream: Stream, batch: int, programs: int, tile: Config, device: torc
 
 
 def _mean_tokens(stream: Stream, batch: int) -> int:
-    values, offsets, _ = stream
-    return values.shape[1] if offsets is None else _cdiv(values.shape[0], max(1, batch))
+    tokens = stream.places[-1]
+    return tokens if stream.offsets is None else _cdiv(tokens, max(1, batch))
 
 
 def _cdiv(a: int, b: int) -> int:

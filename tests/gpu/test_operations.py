@@ -75,12 +75,31 @@ def test_lora_linear(g, route, dtype):
     oracle.check(ll.op("torch"), ll.reference, on_gpu(ll.make((64, 9), 48, 32, 8, g, route=route)), dtype)
 
 
+TARGET = [
+    *(pytest.param("absorb", *p.values, marks=p.marks) for p in oracle.backends("lora_target_attention", DEVICE)),
+    ("project", "torch"),
+]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("strategy", ["absorb", "project"])
+@pytest.mark.parametrize(("strategy", "backend"), TARGET)
 @pytest.mark.parametrize("lengths", [70, [5, 0, 70, 1]], ids=["padded", "jagged"])
-def test_lora_target_attention(lengths, strategy, dtype):
+def test_lora_target_attention(lengths, strategy, backend, dtype):
     args = lta.make(4, 4, 16, 48, 100, lengths, m=3, holes=True)
-    oracle.check(lta.op(strategy, "torch"), lta.plain, on_gpu(args), dtype)
+    oracle.check(lta.op(strategy, backend), lta.plain, on_gpu(args), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [1, 2, 40])
+@pytest.mark.parametrize("width", [40, 77, 128, 256, 512, 768])
+def test_lora_target_attention_of_every_width(width, m, dtype):
+    """Every tile of the kernels; the long history is cut into parts, and names rows of the bank many times over."""
+    reason = _dispatch.module("lora_target_attention", "triton").unavailable()
+    if reason is not None:
+        pytest.skip(f"triton: {reason}")
+    args = on_gpu(lta.make(5, 4, 16, width, 300, [300, 0, 4000, 1, 33], m=m, holes=True))
+    oracle.check(lta.op("absorb", "triton"), lta.plain, args, dtype)
+    oracle.same_bits_twice(lta.op("absorb", "triton"), oracle.convert(args, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -105,10 +124,10 @@ def test_a_row_number_outside_the_bank_is_missing_and_an_error_under_debug_check
     args = on_gpu(lta.make(2, 2, 4, 6, 5, 3, holes=True))
     wild = args | {"ids": torch.tensor([[1, 10**12, 4], [-(10**12), 5, 0]], device=DEVICE)}
     tame = args | {"ids": torch.tensor([[1, -1, 4], [-1, -1, 0]], device=DEVICE)}
-    for strategy in ("absorb", "project"):
-        torch.testing.assert_close(lta.op(strategy, "torch")(**wild), lta.op(strategy, "torch")(**tame))
+    for strategy, backend in (("absorb", "auto"), ("absorb", "torch"), ("project", "torch")):
+        torch.testing.assert_close(lta.op(strategy, backend)(**wild), lta.op(strategy, backend)(**tame))
         with em3.debug_checks(), pytest.raises(ValueError, match="history: held"):
-            lta.op(strategy, "torch")(**wild)
+            lta.op(strategy, backend)(**wild)
 
 
 def test_arguments_on_two_devices_are_an_error():

@@ -71,25 +71,32 @@ def taken(case: Case) -> Taken:
 
 
 def qformer(dtypes: tuple[torch.dtype, ...] = tuple(TYPES), *, precision: str = "ieee", aligned: bool = True,
-            per_item: bool = False, tokens: str = "jagged") -> Iterator[Case]:  # fmt: skip
+            per_item: bool = False, tokens: str = "jagged", bank: torch.dtype | None = None,
+            rows: int = 2**31) -> Iterator[Case]:  # fmt: skip
     """Every tile of the table, for every target.
 
     ``aligned``: the kernels' UNIT is 8, and the tokens begin at a multiple of 16 bytes. ``tokens`` are ``"padded"``,
-    ``"masked"`` or ``"jagged"``.
+    ``"masked"``, ``"jagged"`` or ``"looked up"``, in a bank that may have a dtype of its own. ``rows`` is the most that a
+    tile of the forward or the queries' gradient is left with.
     """
-    present = {"jagged": {"offsets": "*i64"}, "padded": {}, "masked": {"mask": "*u8"}}[tokens]
+    present = {"jagged": {"offsets": "*i64"}, "padded": {}, "masked": {"mask": "*u8"},
+               "looked up": {"offsets": "*i64", "lookup": "*i64"}}[tokens]  # fmt: skip
     for (name, function), dtype in itertools.product(QFORMER.items(), dtypes):
         token = "*" + TYPES[dtype]
         types = dict.fromkeys(("u", "x", "y", "dy", "dx"), token) | dict.fromkeys(("c", "dshift", "lse", "dc"), "*fp32")
         types |= {"du": token if per_item else "*fp32"} | present
-        kind = qformer_attention.kind(dtype, aligned, tokens == "masked")
+        if tokens == "looked up":
+            types |= {"x": "*" + TYPES[bank or dtype], "dx": "*fp32"}
+        kind = qformer_attention.kind(dtype, aligned, tokens == "masked", tokens == "looked up")
         for (_, *numbers), target in itertools.product(qformer_attention._table()[name][kind], TARGETS):
             tile = qformer_attention.Config(*numbers)
+            tile = tile._replace(rows=min(tile.rows, rows)) if name != "token_gradient" else tile
             constants = dict(
                 ROWS=tile.rows, TOKENS=tile.tokens, WIDTH=tile.width, CHUNK=tile.chunk, UNIT=8 if aligned else 1,
                 PRECISION=precision, PER_ITEM=per_item,
-            ) | dict.fromkeys({"offsets", "mask"} - set(present))  # fmt: skip
+            ) | dict.fromkeys({"offsets", "mask", "lookup", *["c"] * ("lookup" in present)} - set(present))  # fmt: skip
             flags = [TYPES[dtype], precision, *["aligned"] * aligned, *["per_item"] * per_item, tokens]
+            flags += [] if bank is None else [f"in {TYPES[bank]}"]
             yield Case(name, function, target, tile, types, constants, frozenset(types) - frozenset("x" * (not aligned)), SHARED, " ".join(flags))
 
 
@@ -132,6 +139,16 @@ def cases(op: str) -> Iterator[Case]:
         yield from qformer(half, aligned=False, tokens="masked")
         yield from qformer(full, aligned=False, tokens="masked")
         yield from qformer(full, aligned=False, precision="tf32")
+    if op == "lora_target_attention":
+        yield from qformer(half, per_item=True, tokens="looked up")
+        yield from qformer(half, per_item=True, tokens="looked up", bank=torch.float32)
+        yield from qformer(full, per_item=True, tokens="looked up")
+        yield from qformer(full, per_item=True, tokens="looked up", rows=4)
+        yield from qformer(full, per_item=True, tokens="looked up", rows=8)
+        yield from qformer(full, per_item=True, tokens="looked up", bank=torch.bfloat16, rows=4)
+        yield from qformer(full, per_item=True, tokens="looked up", precision="tf32")
+        yield from qformer(half, per_item=True, tokens="looked up", aligned=False)
+        yield from qformer(full, per_item=True, tokens="looked up", aligned=False)
     if op == "contrastive_loss":
         yield from contrast()
         yield from contrast(given="")
@@ -140,7 +157,7 @@ def cases(op: str) -> Iterator[Case]:
         yield from splitting()
 
 
-OPS = ("qformer_attention", "contrastive_loss")
+OPS = ("qformer_attention", "lora_target_attention", "contrastive_loss")
 
 
 def main(ops: list[str]) -> int:

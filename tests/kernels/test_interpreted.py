@@ -19,14 +19,18 @@ from tests.ops.test_qformer_attention import make, op
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-# The first is replaced by properties.py; the others take minutes, or are torch's concern rather than the kernels'.
-LEFT_OUT = "matches_the_reference or real_ or compile"
+# The first two are replaced by properties*.py; the others take minutes, or are torch's concern rather than the kernels'.
+LEFT_OUT = "matches_the_reference or half_types or real_ or compile or opcheck and True"
+
+
+OPS = ("qformer_attention", "lora_target_attention", "contrastive_loss")
 
 
 @needs_triton
-@pytest.mark.parametrize("words", [["tests/kernels/properties.py"], ["tests/kernels/properties_contrastive_loss.py"],
-                                   ["tests/ops/test_qformer_attention.py", "-k", f"triton and not ({LEFT_OUT})"],
-                                   ["tests/ops/test_contrastive_loss.py", "-k", f"triton and not ({LEFT_OUT} or half_types or opcheck and True)"]])  # fmt: skip
+@pytest.mark.parametrize("words", [
+    [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests" / "kernels").glob("properties*.py"))],
+    [*(f"tests/ops/test_{op}.py" for op in OPS), "-k", f"triton and not ({LEFT_OUT})"],
+], ids=["properties", "operations"])  # fmt: skip
 def test_under_the_interpreter(words):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "tests.kernels.interpreter", *words]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

@@ -55,7 +55,7 @@ def forward(u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Ten
         kernel("qformer_attention").forward(*inputs, batch)
         for inputs in zip(*_rows(u, c), _streams(values, offsets, masks, u[0].dtype), strict=True)
     ]
-    y, levels = zip(*(_joined(part, level, u[0].dtype) for part, level in read), strict=True)
+    y, levels = zip(*(joined(part, level, u[0].dtype) for part, level in read), strict=True)
     lse = levels[0] if len(u) == 1 else torch.stack(levels).logsumexp(0)  # [H, B, Q]
     mass = _share(torch.stack(levels), lse)
     if len(u) == 1:
@@ -90,7 +90,7 @@ def backward(dout: Tensor, dmass: Tensor | None, u: list[Tensor], c: Tensor | No
     return du, torch.stack(dc), dw, dx
 
 
-def _joined(y: Tensor, lse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def joined(y: Tensor, lse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """What the parts of an item read, ``[P, H, B, Q, C]`` with ``[P, H, B, Q]`` -> what the item read, and its logsumexp."""
     if y.shape[0] == 1:
         return y[0], lse[0]
