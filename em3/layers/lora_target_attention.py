@@ -101,7 +101,7 @@ class LoRATargetAttention(nn.Module):
             raise ValueError(f"age: was {was}, {must} with time_buckets={self.time_buckets}")
         if age is not None and age.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"age: was {age.dtype}, must be torch.int64 or torch.int32 seconds")
-        biases = []
+        biases: list[tuple[Tensor, Tensor]] = []
         if self.position_bias is not None:
             biases.append((self.position_bias, doubling(positions(history), self.position_buckets)))
         if self.time_bias is not None and age is not None:

@@ -56,15 +56,17 @@ def _padded(stream: Projected, name: str) -> Padded:
         must = "must be on a device that holds data: how far the stream is padded depends on it; use strategy='absorb'"
         raise ValueError(f"{name}: was on meta, {must}")
     if (n := _common_length(offsets, keys.shape[0])) is not None:  # padded as it lies: no copies, no mask
-        k, v, mask, bias = (None if t is None else t.unflatten(0, (-1, n)) for t in (keys, values, mask, bias))
-        return k, v, mask, bias
+        keys, values = keys.unflatten(0, (-1, n)), values.unflatten(0, (-1, n))
+        mask, bias = (None if t is None else t.unflatten(0, (-1, n)) for t in (mask, bias))
+        return keys, values, mask, bias
     index, present = torch.ops.em3.jagged_index(offsets, keys.shape[0], name)
     # Where there is no token, a row of zeros behind the others is read: NaN would pass through a weight of 0.
-    k, v, bias = (
-        None if t is None else F.pad(t, (0, 0, 0, 1)).index_select(0, index.view(-1)).view(*index.shape, t.shape[1])
-        for t in (keys, values, bias)
-    )
-    return k, v, present if mask is None else present & F.pad(mask, (0, 1))[index], bias
+
+    def taken(t: Tensor) -> Tensor:
+        return F.pad(t, (0, 0, 0, 1)).index_select(0, index.view(-1)).view(*index.shape, t.shape[1])
+
+    mask = present if mask is None else present & F.pad(mask, (0, 1))[index]
+    return taken(keys), taken(values), mask, None if bias is None else taken(bias)
 
 
 def _common_length(offsets: Tensor, total: int) -> int | None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import em3
 from em3 import reference
-from em3.ops import _checks, _dispatch
+from em3.ops import _checks, _dispatch, _projected
 from em3.ops._pooling import SOFTMAX
 from em3.ops.lora_target_attention import cheaper
 from tests import oracle
@@ -131,6 +131,24 @@ def test_jagged_equals_padded(strategy, backend):
                            biases=[(table, reference.padding.padded(buckets, jagged["offsets"])[0])])  # fmt: skip
     for a, b in zip(oracle.run(op(strategy, backend), jagged, 0), oracle.run(op(strategy, backend), padded, 0), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("holes", [False, True])
+@pytest.mark.parametrize("behind", [0, 2])
+def test_users_of_one_length_are_not_padded(holes, behind, monkeypatch):
+    """Unless something lies behind the last offset, or a graph is traced that must serve other lengths too."""
+    common, found = _projected._common_length, []
+    monkeypatch.setattr(_projected, "_common_length", lambda *args: found.append(common(*args)) or found[-1])
+    args = make(3, 2, 4, 6, 9, [5, 5, 5], m=2, holes=holes, biases=1)
+    if behind:
+        args["ids"] = torch.cat([args["ids"], torch.tensor([1, 8])])
+        [(table, buckets)] = args["biases"]
+        args["biases"] = [(table, torch.cat([buckets, torch.tensor([0, 1])]))]
+    oracle.check(op("project", "torch"), plain, args, torch.float32)
+    assert found == [None if behind else 5]
+    compiled = torch.compile(op("project", "torch"), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**args), op("project", "torch")(**args))
+    assert found[1] is None
 
 
 @pytest.mark.parametrize(("strategy", "backend"), WAYS)
