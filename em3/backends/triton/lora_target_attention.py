@@ -48,9 +48,8 @@ def wins(u: Tensor, w: Tensor, history: Tensor, offsets: Tensor | None, bank: Te
 
 def forward(u: Tensor, w: Tensor, history: Tensor, offsets: Tensor | None, bank: Tensor, bias: Tensor | None,
             pool: Pooling) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    y, lse = joined(
-        *kernel("qformer_attention").forward(u.contiguous(), None, _stream(history, offsets, bank), u.shape[1]), u.dtype
-    )
+    parts, lses = kernel("qformer_attention").forward(u.contiguous(), None, _stream(history, offsets, bank), u.shape[1])
+    y, lse = joined(parts, lses, u.dtype)
     return y, project([y], [w]), lse
 
 
