@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import end_to_end, machine, operations, overhead, page, shapes, table
+from . import end_to_end, machine, operations, overhead, page, patched, shapes, table
 from .measure import name_of
 from .operations import FULL, QUICK
 from .registry import OPERATIONS
@@ -35,7 +35,7 @@ def dtypes_of(device: str) -> tuple[torch.dtype, ...]:
 
 def units(suites: Sequence[str], table_of_shapes: Path, device: str, quick: bool) -> list[Unit]:
     """What a run consists of: the shapes of each operation, then, unless it must be quick, those of the sweeps; interpreter
-    overhead; training and inference end to end, which are measured on a CPU."""
+    overhead; training and inference end to end and a patched model, which are measured on a CPU."""
     chosen = [shape for shape in shapes.load(table_of_shapes) if shape.op in suites]
     if quick:
         chosen = [shape for shape in chosen if shape.quick]
@@ -52,6 +52,9 @@ def units(suites: Sequence[str], table_of_shapes: Path, device: str, quick: bool
         found += [Unit(f"end to end: {over}={at}", partial(end_to_end.training, over, at))
                   for over, values in sweeps.items() for at in values]  # fmt: skip
         found.append(Unit("end to end: inference", end_to_end.inference))
+        settings = [patched.Setting()] if quick else patched.SETTINGS
+        found += [Unit(f"end to end: patched, Q={of.queries}, dropout {of.dropout}", partial(patched.training, of))
+                  for of in settings]  # fmt: skip
     return found
 
 

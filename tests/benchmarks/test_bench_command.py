@@ -15,7 +15,7 @@ import torch
 for package in ("yaml", "psutil", "matplotlib", "tqdm"):
     pytest.importorskip(package)
 
-from em3.benchmarks import end_to_end, operations, overhead, page, run, table
+from em3.benchmarks import end_to_end, operations, overhead, page, patched, run, table
 from em3.benchmarks.operations import Effort
 from em3.cli import main
 
@@ -111,6 +111,9 @@ def test_the_other_suites(tmp_path, swift, monkeypatch):
     monkeypatch.setattr(end_to_end, "Setting", lambda history=4, batch=32, modalities=2: SETTING(history, batch, modalities))
     monkeypatch.setattr(end_to_end, "SWEEPS", {"history": (3, 6), "modalities": (1,)})
     monkeypatch.setattr(end_to_end, "_peak", lambda arm, setting: {"EM3": 3, "ID-only": 2}[arm] * 2**20)
+    small = patched.Setting(queries=2, batch=2, layers=2, width=8, heads=2, tokens=5, token_width=6)
+    monkeypatch.setattr(patched, "SETTINGS", (small, small._replace(queries=3)))
+    monkeypatch.setattr(patched, "ROUNDS", 1)
     assert bench("overhead", "end_to_end", "--out", tmp_path) == 0
     markdown = (tmp_path / "results.md").read_text()
     for op in overhead.TINY:
@@ -120,6 +123,20 @@ def test_the_other_suites(tmp_path, swift, monkeypatch):
     assert re.search(r"\| history 6 \| EM3 \| .* times \| [\d,]+ \| 3 \| 1.50 times \| Fusion-Q-Former ", markdown)
     assert re.search(r"\| modalities 1 \| ID-only \| .* \| 1.00 times \| ", markdown)
     assert "One user's history of 4 and 20 candidates" in markdown
+    pytest.importorskip("transformers")
+    assert re.search(r"\| Q=3, dropout 0.1, B=2, N=5, C=6, D=8, H=2 \| patched \| .* \| \d+\.\d\dx \|", markdown)
+
+
+def test_a_patched_model_that_is_not_measured(monkeypatch):
+    of = patched.Setting(queries=2, batch=2, layers=2, width=8, heads=2, tokens=5, token_width=6)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    rows = patched.training(of)
+    assert [row["arm"] for row in rows] == ["transformers", "patched"]
+    assert all(row["reason"].startswith("not measured: ") for row in rows)
+    monkeypatch.undo()
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(patched, "_error", lambda got, want: 0.5)
+    assert [row["reason"] for row in patched.training(of)] == ["not timed: the gradients are off by 5e-01"] * 2
 
 
 SETTING = end_to_end.Setting
