@@ -64,7 +64,8 @@ EM3_INLINE int64_t tile_limit(int64_t C) {
 }
 
 // s[t, i] of rows r0 + i, `rows` of them, += bias[t, head of the row].
-static void add_bias(const Shape& shape, const Tokens& tokens, const Tile& tile, int64_t r0, int64_t rows, float* s, int64_t ld) {
+static void add_bias(const Shape& shape, const Tokens& tokens, const Tile& tile, int64_t r0, int64_t rows, float* s,
+                     int64_t ld) {
   for (int64_t t = 0; t < tile.n; ++t, s += ld) {
     const float* const bias = tokens.bias + tile.index[t] * shape.H;
     for (int64_t i = 0, h = r0 / shape.Q, q = r0 % shape.Q; i < rows; ++i) {
@@ -75,7 +76,8 @@ static void add_bias(const Shape& shape, const Tokens& tokens, const Tile& tile,
 }
 
 // The way back: dbias[t, head of the row] += ds[t, i]. An item's places are its own, so no other worker writes there.
-static void add_to_bias(const Shape& shape, const Tile& tile, int64_t r0, int64_t rows, const float* ds, int64_t ld, float* dbias) {
+static void add_to_bias(const Shape& shape, const Tile& tile, int64_t r0, int64_t rows, const float* ds, int64_t ld,
+                        float* dbias) {
   for (int64_t t = 0; t < tile.n; ++t, ds += ld) {
     float* const to = dbias + tile.index[t] * shape.H;
     for (int64_t i = 0, h = r0 / shape.Q, q = r0 % shape.Q; i < rows; ++i) {

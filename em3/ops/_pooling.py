@@ -11,8 +11,8 @@ POOLINGS = ("softmax", "din", "top_k")
 
 
 class Pooling(NamedTuple):
-    """``"softmax"`` over the history; ``"din"``: each score's sigmoid, so that weights do not compete and a long interest is
-    a strong one; ``"top_k"``: softmax over the ``k`` best scores, which those equal to the last of them join."""
+    """``"softmax"`` over the history; ``"din"``: each score's sigmoid, so that weights do not compete and a long interest
+    is a strong one; ``"top_k"``: softmax over the ``k`` best scores, which those equal to the last of them join."""
 
     kind: str = "softmax"
     k: int = 0

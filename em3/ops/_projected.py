@@ -87,7 +87,7 @@ def real_tokens(stream: Stream) -> Tensor:
 
 
 def _joined(padded: Sequence[Padded], dtype: torch.dtype) -> Tensor | None:
-    """The masks of all streams side by side ``[B, 1, 1, N]``, or what is added to scores ``[B, H, 1, N]``; None for neither."""
+    """The masks of all streams side by side ``[B, 1, 1, N]``, or what is added to scores ``[B, H, 1, N]``, or None."""
     mask = None
     if any(of is not None for _, _, of, _ in padded):
         full = [k.new_ones(k.shape[:2], dtype=torch.bool) if of is None else of for k, _, of, _ in padded]

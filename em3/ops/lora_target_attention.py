@@ -352,8 +352,8 @@ def _forward_fake(u, w, history, offsets, bank, bias, pooling, top_k, backend):
 
 
 @torch.library.register_fake("em3::lora_target_attention_backward")
-def _backward_fake(dout, u, w, history, offsets, bank, bias, pooling, top_k, y, o, lse, need_u, need_w, need_bank, need_bias,
-                   backend):  # fmt: skip
+def _backward_fake(dout, u, w, history, offsets, bank, bias, pooling, top_k, y, o, lse, need_u, need_w, need_bank,
+                   need_bias, backend):  # fmt: skip
     given = ((w, need_w), (bank, need_bank), (bias if need_bias else u, need_bias))
     return u.new_empty(u.shape), *(t.new_empty(t.shape if n else (0,)) for t, n in given)
 
