@@ -79,7 +79,7 @@ class Division {
   const int64_t* order() const { return given_.adapter == nullptr ? nullptr : order_.data(); }
 
   // The parts of every adapter that has rows; with `all`, one without rows for the others. Their number does not depend
-  // on threads, and is so small that the sums of parts stay small beside x and dy.
+  // on threads. A part of several has half of `most` rows at least: that bounds what the sums of parts take.
   std::vector<LoraPart> parts(bool all) const {
     const int64_t most = std::max({int64_t{128}, 4 * given_.R, (given_.T + 63) / 64});
     std::vector<LoraPart> out;

@@ -302,7 +302,7 @@ static void backward_tile(const LoraJob& job, LoraState& st, const LoraPart& par
   if (job.x.first != nullptr) locate(job, job.x, first, n, st.x_at);
   if (need_x) locate(job, job.dx, first, n, st.y_at);
   draw_factors(job, st, first, n);
-  const int64_t x_bytes = C * bytes_of(job.x.storage);
+  const int64_t x_bytes = C * bytes_of(job.x.first != nullptr ? job.x.storage : job.dx.storage);
   if (need_x || part.da != nullptr) {
     shrink(st.dy, n, D, st.b, st, st.dlow, job.y.storage == Storage::f32, job.x.first != nullptr ? st.x_at : st.y_at, x_bytes);
   }
@@ -319,7 +319,7 @@ static void zeros(float* p, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = 0.0f;
 }
 
-// What sums hold behind the adapter's rank, or of a part without rows.
+// Sums behind the adapter's rank, and those of a part without rows, are zero.
 static void backward_part(const LoraJob& job, const LoraPart& part, float* scratch) {
   Arena arena{scratch, 0};
   LoraState st = lora_state(job, arena);
@@ -329,7 +329,7 @@ static void backward_part(const LoraJob& job, const LoraPart& part, float* scrat
   float* const db = part.whole ? st.db_sums : part.db;
   for (int64_t r = 0; r < R; ++r) {
     if (part.da != nullptr) st.da[r] = part.da + r * C;
-    st.db[r] = db + r * D;
+    if (part.db != nullptr) st.db[r] = db + r * D;
     if (r < st.rank) continue;
     if (part.da != nullptr) zeros(st.da[r], C);
     if (part.db != nullptr) zeros(st.db[r], D);
