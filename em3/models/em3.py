@@ -103,9 +103,18 @@ class EM3(nn.Module):
 
         ``streams`` are the tokens of ``batch.distinct``; without them the targets' content is read from the bank.
         """
-        content = self._from_bank(batch.distinct) if streams is None else self.content(streams)
+        content = self.content_of(batch.distinct, streams)
+        return self.logits(batch, content), content
+
+    def content_of(self, items: Tensor, streams: Any = None) -> Tensor:
+        """Catalogue numbers ``[U]`` -> content embeddings ``[U, content_dim]``, of the items' tokens or out of the bank."""
+        return self._from_bank(items) if streams is None else self.content(streams)
+
+    def logits(self, batch: Batch, content: Tensor) -> Tensor:
+        """``[B]``, with the content of ``batch.distinct`` at hand."""
         target = content.index_select(0, batch.inverse)  # [B, C]
-        return self.ranker(batch, self.compare(target, batch.history)), content
+        found: Tensor = self.ranker(batch, self.compare(target, batch.history))
+        return found
 
     def compare(self, target: Tensor, history: Jagged) -> Tensor:
         """Targets' content ``c [B, C]`` and their users' histories -> dense features ``[B, extra_dim(C)]``.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..data.batches import Batch, Batches
 from ..files import atomic, whole_lines
-from . import checkpoint
+from . import checkpoint, micro_batch
 from .config import TrainConfig, differences
 from .metrics import evaluate
 
@@ -121,20 +121,21 @@ class Training:
         model, step = self.model, self.state.step
         for group in self.optimizer.param_groups:
             group["lr"] = group["factor"] * learning_rate(step, self.steps, self.config)
-        streams = None
-        if self.read is not None:
-            if step % self.config.refresh_every == 0:
-                model.refresh(self.read)  # type: ignore[operator]
-            streams = self.read(batch.distinct)
-        losses = model.losses(batch, streams)  # type: ignore[operator]
+        if self.read is not None and step % self.config.refresh_every == 0:
+            model.refresh(self.read)  # type: ignore[operator]
+        self.optimizer.zero_grad()
+        if self.config.micro_batch is not None:
+            losses = micro_batch.backward(model, batch, self.read, self.config.micro_batch)
+        else:
+            losses = model.losses(batch, None if self.read is None else self.read(batch.distinct))  # type: ignore[operator]
         ranking, contrast = losses.ranking.item(), losses.contrast.item()
         if not math.isfinite(ranking + contrast):
             raise self._broken(f"the loss was not finite at step {step} (ranking {ranking}, contrast {contrast})")
-        self.optimizer.zero_grad()
-        losses.total.backward()
+        if self.config.micro_batch is None:
+            losses.total.backward()
         self.optimizer.step()
         self._check_parameters()
-        if streams is not None and self.config.write_back:
+        if self.read is not None and self.config.write_back:
             model.write_back(batch, losses.content)  # type: ignore[operator]
         self.state.step += 1
         self.state.sums[0] += ranking
