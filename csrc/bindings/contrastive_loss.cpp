@@ -5,6 +5,7 @@
 #include <string>
 
 #include "../cpu/contrastive_loss.h"
+#include "../cpu/contrastive_loss_whole.h"
 #include "../tensor.h"
 #include "bindings.h"
 
@@ -85,6 +86,41 @@ void backward(const py::object& drow, const py::object& dcol, const py::object& 
     contrastive_loss_backward(given, shift_limits(limits), of_row, of_col, from_row, from_col, to, threads, path);
 }
 
+constexpr const char* kWhole = R"(contrastive_loss of a small batch, float32 on the CPU: the loss, and its gradients.
+
+content, ids_embedding: [B, V], negatives: [K, V] or None. item_ids: int64 [B] of masked duplicates, or None. log_q, weight:
+[B] or None. Writes the gradients dcontent, dids, dnegatives, dscale (float64 []), dlog_q and dweight, None where not
+wanted. mean: sum(w l) / sum(w), else sum(w l).)";
+
+double whole(const py::object& content, const py::object& ids_embedding, const py::object& negatives, double scale,
+             const py::object& item_ids, const py::object& log_q, const py::object& weight,
+             const std::array<float, 4>& limits, bool rows, bool cols, bool mean, bool normalize,
+             const py::object& dcontent, const py::object& dids, const py::object& dnegatives, const py::object& dscale,
+             const py::object& dlog_q, const py::object& dweight, int threads, const std::string& isa) {
+    const Isa path = resolve_isa(isa);
+    const Tensor x = tensor(content, "content");
+    const auto* const first_x = x.block<const float>({-1, -1});
+    const std::int64_t b = x.shape()[0], v = x.shape()[1];
+    const auto* const first_y = tensor(ids_embedding, "ids_embedding").block<const float>({b, v});
+    std::int64_t k = 0;
+    const float* extra = nullptr;
+    if (!negatives.is_none()) {
+        const Tensor further = tensor(negatives, "negatives");
+        extra = further.block<const float>({-1, v});
+        k = further.shape()[0];
+    }
+    const WholeContrast given{
+        b, k, v, first_x, first_y, extra, scale, block_or_null<const std::int64_t>(item_ids, "item_ids", {b}),
+        block_or_null<const float>(log_q, "log_q", {b}), block_or_null<const float>(weight, "weight", {b}), rows, cols, mean,
+        normalize};
+    const WholeGradients to{
+        block_or_null<float>(dcontent, "dcontent", {b, v}), block_or_null<float>(dids, "dids", {b, v}),
+        block_or_null<float>(dnegatives, "dnegatives", {k, v}), block_or_null<double>(dscale, "dscale", {}),
+        block_or_null<float>(dlog_q, "dlog_q", {b}), block_or_null<float>(dweight, "dweight", {b})};
+    py::gil_scoped_release release;
+    return contrastive_loss_whole(given, shift_limits(limits), to, threads, path);
+}
+
 }  // namespace
 
 void bind_contrastive_loss(py::module_& m) {
@@ -95,6 +131,11 @@ void bind_contrastive_loss(py::module_& m) {
           py::arg("scale"), py::arg("item_ids"), py::arg("offset"), py::arg("limits"), py::arg("row"), py::arg("col"),
           py::arg("dx"), py::arg("dy"), py::arg("dscale"), py::arg("doffset"), py::arg("threads"), py::arg("isa") = "",
           py::arg("apart") = py::none(), kBackward);
+    m.def("contrastive_loss_whole", &whole, py::arg("content"), py::arg("ids_embedding"), py::arg("negatives"),
+          py::arg("scale"), py::arg("item_ids"), py::arg("log_q"), py::arg("weight"), py::arg("limits"), py::arg("rows"),
+          py::arg("cols"), py::arg("mean"), py::arg("normalize"), py::arg("dcontent"), py::arg("dids"),
+          py::arg("dnegatives"), py::arg("dscale"), py::arg("dlog_q"), py::arg("dweight"), py::arg("threads"),
+          py::arg("isa") = "", kWhole);
 }
 
 }  // namespace em3

@@ -34,6 +34,19 @@ class Batch:
         """``[U]``: the ID rows of ``distinct``."""
         return torch.empty_like(self.distinct).scatter_(0, self.inverse, self.item_id)
 
+    def part(self, start: int, stop: int) -> Batch:
+        """The rows from ``start`` up to ``stop``, among the same ``distinct`` items: some of those may be in none of the rows."""
+        rows = slice(start, stop)
+        bounds = self.history.offsets()[start : stop + 1]
+        events = slice(int(bounds[0]), int(bounds[-1]))
+        return Batch(
+            user_id=self.user_id[rows], item=self.item[rows], item_id=self.item_id[rows],
+            history=Jagged(self.history.values()[events], bounds - bounds[0]),
+            history_id=Jagged(self.history_id.values()[events], bounds - bounds[0]),
+            label=self.label[rows], distinct=self.distinct, inverse=self.inverse[rows],
+            history_age=None if self.history_age is None else self.history_age[events],
+        )  # fmt: skip
+
 
 class Batches:
     """Makes batches of a catalogue's rows.

@@ -131,12 +131,12 @@ class EM3(nn.Module):
         named = torch.zeros(len(self.bank), dtype=torch.bool, device=batch.distinct.device)
         return named.index_fill_(0, batch.distinct, True).index_fill_(0, batch.history.values(), True)
 
-    def sources(self, batch: Batch, content: Tensor) -> tuple[Tensor, Jagged, Tensor]:
-        """Where a training step finds its content, when that of ``items(batch)`` is ``content [U, C]``: the rows of
-        ``batch.distinct``, and the histories as row numbers into the last."""
+    def sources(self, batch: Batch, content: Tensor, whole: Batch | None = None) -> tuple[Tensor, Jagged, Tensor]:
+        """Where a training step finds its content, when that of ``items(whole)`` is ``content [U, C]``: the rows of
+        ``batch.distinct``, and the histories as row numbers into the last. ``whole`` is the batch itself by default."""
         if self.caches_history:
             return content, batch.history, self.bank
-        place = self._named(batch).cumsum(0) - 1  # [n], of each item in `content`
+        place = self._named(batch if whole is None else whole).cumsum(0) - 1  # [n], of each item in `content`
         history = Jagged(place.index_select(0, batch.history.values()), batch.history.offsets())
         return content.index_select(0, place.index_select(0, batch.distinct)), history, content
 
@@ -148,19 +148,28 @@ class EM3(nn.Module):
         """
         if streams is None:
             content = self._from_bank(batch.distinct)
-            distinct, history, bank = content, batch.history, self.bank
-        else:
-            content = self.content(streams)
-            distinct, history, bank = self.sources(batch, content)
+            return self._logits(batch, content, batch.history, self.bank), content
+        content = self.content(streams)
+        return self.logits(batch, content), content
+
+    def content_of(self, items: Tensor, streams: Any = None) -> Tensor:
+        """Catalogue numbers ``[U]`` -> content embeddings ``[U, content_dim]``, of the items' tokens or out of the bank."""
+        return self._from_bank(items) if streams is None else self.content(streams)
+
+    def logits(self, batch: Batch, content: Tensor, whole: Batch | None = None) -> Tensor:
+        """``[B]``, with the content of ``items(whole)`` at hand: of the batch itself, or of one that it is a part of."""
+        return self._logits(batch, *self.sources(batch, content, whole))
+
+    def _logits(self, batch: Batch, distinct: Tensor, history: Jagged, bank: Tensor) -> Tensor:
         target = distinct.index_select(0, batch.inverse)  # [B, C]
-        return self.ranker(batch, self.compare(target, history, bank, batch.history_age)), content
+        found: Tensor = self.ranker(batch, self.compare(target, history, bank, batch.history_age))
+        return found
 
     def compare(self, target: Tensor, history: Jagged, bank: Tensor | None = None, age: Tensor | None = None) -> Tensor:
         """Targets' content ``c [B, C]`` and their users' histories -> dense features ``[B, extra_dim(C)]``.
 
         A history is row numbers into ``bank [n, width of the bank]``, the model's own by default; ``age [T]`` is read by a
         model with ``time_buckets`` only.
-
 
         They are ``[c, r, c * r, |c - r|, m, c * m, log n]`` with ``r`` normalised in the first two places, and ``n`` the
         events of the history. On MovieTweetings (ID dropout 1, 2 epochs, valid) the last four took the AUC from 0.666

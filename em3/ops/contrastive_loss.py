@@ -10,6 +10,7 @@ from torch import Tensor
 from . import _checks, _dispatch
 from . import _contrastive_checks as check
 from . import _contrastive_terms as terms
+from . import _contrastive_whole as whole
 from ._contrastive_scope import Alone, Scope, Shared
 
 if TYPE_CHECKING:
@@ -119,6 +120,14 @@ def contrastive_loss(content: Tensor, ids_embedding: Tensor, *, item_ids: Tensor
     check.options(item_ids is not None, negatives is not None, duplicates, direction)
     check.kind_options(kind, logit_bias, label_smoothing)
     _checks.one_of(reduction, check.REDUCTIONS, "reduction")
+    request = _dispatch.requested(backend)
+    options = dict(duplicates=duplicates, kind=kind, label_smoothing=label_smoothing, direction=direction,
+                   reduction=reduction, normalize=normalize)  # fmt: skip
+    if group is None and whole.serves(content, negatives, options, request):
+        asked = [direction in ("both", way) for way in terms.DIRECTIONS[1:]]
+        found = whole.loss(content, ids_embedding, negatives, logit_scale, item_ids, log_q, weight, asked, options, request)
+        if found is not None:
+            return found.to(dtype)
     batch = prepared(
         content, ids_embedding, item_ids, logit_scale, logit_bias, log_q, negatives, duplicates, direction, kind,
         label_smoothing, normalize,
@@ -126,10 +135,8 @@ def contrastive_loss(content: Tensor, ids_embedding: Tensor, *, item_ids: Tensor
     weight = widened(weight, content)
     scope: Scope = Alone(content.shape[0])
     if group is not None:
-        options = dict(duplicates=duplicates, kind=kind, label_smoothing=label_smoothing, direction=direction,
-                       reduction=reduction, normalize=normalize)  # fmt: skip
         batch, scope = shared(group, batch, weight, options)
-    loss = terms.losses(batch, scope, _dispatch.requested(backend))
+    loss = terms.losses(batch, scope, request)
     return terms.reduced(loss, weight, reduction, scope).to(dtype)
 
 

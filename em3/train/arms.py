@@ -38,6 +38,10 @@ class IDOnly(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, None]:
         return self.ranker(batch), None
 
+    def logits(self, batch: Batch, content: None, whole: Batch) -> Tensor:
+        found: Tensor = self.ranker(batch)
+        return found
+
     def losses(self, batch: Batch, streams: None) -> Losses:
         loss = F.binary_cross_entropy_with_logits(self.ranker(batch), batch.label)
         return Losses(loss, loss, loss.new_zeros(()), loss.new_empty(0, 0))

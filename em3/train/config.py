@@ -27,7 +27,7 @@ LEAST = {
     "model.id_dim": 1, "model.hidden": 1, "model.content_dim": 1, "model.num_queries": 1, "model.dim": 1, "model.ffn_dim": 1,
     "model.num_layers": 1, "model.num_heads": 1, "model.rank": 0, "model.top_k": 1,
     "model.position_buckets": 0, "model.time_buckets": 0, "model.contrast_weight": 0, "train.epochs": 1,
-    "train.batch_size": 1, "train.rows_per_item": 1,
+    "train.batch_size": 1, "train.micro_batch": 1, "train.rows_per_item": 1,
     "train.lr": 0, "train.warmup_steps": 0, "train.weight_decay": 0, "train.refresh_every": 1,
     "train.checkpoint_every": 1, "train.log_every": 1,
 }  # fmt: skip
@@ -87,6 +87,7 @@ class TrainConfig:
 
     epochs: int = 4
     batch_size: int = 2048
+    micro_batch: int | None = None  # rows, and distinct items, whose activations are held at a time; all of the batch's by default
     rows_per_item: int = 1  # rows of one item that share a batch, and so its content, where an arm computes content
     lr: float = 2e-3
     warmup_steps: int = 50

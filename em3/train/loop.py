@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..data.batches import Batch, Batches
 from ..files import atomic, whole_lines
-from . import checkpoint
+from . import checkpoint, micro_batch
 from .average import Average
 from .config import TrainConfig, differences
 from .metrics import evaluate
@@ -128,22 +128,23 @@ class Training:
         step = self.state.step
         for group in self.optimizer.param_groups:
             group["lr"] = group["factor"] * learning_rate(step, self.steps, self.config)
-        streams = None
-        if self.read is not None:
-            if model.caches_history and step % self.config.refresh_every == 0:
-                model.refresh(self.read)
-            streams = self.read(model.items(batch))
-        losses = model.losses(batch, streams)
+        if self.read is not None and model.caches_history and step % self.config.refresh_every == 0:
+            model.refresh(self.read)
+        self.optimizer.zero_grad()
+        if self.config.micro_batch is not None:
+            losses = micro_batch.backward(model, batch, self.read, self.config.micro_batch)
+        else:
+            losses = model.losses(batch, None if self.read is None else self.read(model.items(batch)))
         ranking, contrast = losses.ranking.item(), losses.contrast.item()
         if not math.isfinite(ranking + contrast):
             raise self._broken(f"the loss was not finite at step {step} (ranking {ranking}, contrast {contrast})")
-        self.optimizer.zero_grad()
-        losses.total.backward()
+        if self.config.micro_batch is None:
+            losses.total.backward()
         self.optimizer.step()
         self._check_parameters()
         if self.average is not None:
             self.average.update(step)
-        if streams is not None and self.config.write_back and model.caches_history:
+        if self.read is not None and self.config.write_back and model.caches_history:
             model.write_back(batch, losses.content)
         self.state.step += 1
         self.state.sums[0] += ranking

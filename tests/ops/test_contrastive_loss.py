@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import em3
 from em3 import reference
 from em3.backends.torch import contrastive_loss as tiled
+from em3.ops import _contrastive_whole
 from tests import oracle
 
 BACKENDS = oracle.backends("contrastive_loss")
@@ -77,6 +78,36 @@ def test_matches_the_reference(backend, tile, largest, dtype, seed, monkeypatch)
         oracle.check(op(backend), reference.contrastive_loss, make(**case), dtype, salt)
 
     check()
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:1])
+def test_many_logits_match_the_reference(backend, seed, monkeypatch):
+    """Few of them are one call of the compiled kernel, with its gradients."""
+    monkeypatch.setattr(_contrastive_whole, "LIMIT", 0)
+
+    @settings(max_examples=60)
+    @given(case=cases((2, 3, 9, 17)), salt=st.integers(0, 2**31))
+    def check(case, salt):
+        torch.manual_seed(seed ^ salt)
+        oracle.check(op(backend), reference.contrastive_loss, make(**case), torch.float32, salt)
+
+    check()
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:1])
+def test_only_what_takes_a_gradient_gets_one(backend):
+    """Of few logits: each argument alone, each twice over one graph, and none."""
+    args = oracle.convert(make(7, 4, k=2, ids=3, log_q=True, weight=True), torch.float32)
+    names = [name for name, value in args.items() if isinstance(value, torch.Tensor) and value.requires_grad]
+    loss = op(backend)(**args)
+    assert type(loss.grad_fn).__name__ == "_WholeBackward"
+    want = dict(zip(names, torch.autograd.grad(loss, [args[name] for name in names], retain_graph=True), strict=True))
+    for name in names:
+        torch.testing.assert_close(torch.autograd.grad(3 * loss, args[name], retain_graph=True)[0], 3 * want[name])
+        one = {key: value if key == name or not isinstance(value, torch.Tensor) else value.detach() for key, value in args.items()}
+        torch.testing.assert_close(torch.autograd.grad(op(backend)(**one), args[name])[0], want[name])
+    with torch.no_grad():
+        assert not op(backend)(**args).requires_grad
 
 
 @pytest.mark.parametrize("tile", [(4, 3), None], ids=["many tiles", "one tile"])

@@ -46,6 +46,7 @@ def test_paths_are_absolute(tmp_path, monkeypatch):
         (["data=x", "arms=[]"], "arms: was [], must hold at least one entry"),
         (["data=x", "seeds=[1,1]"], "seeds: was [1, 1], must hold at least one entry, each once"),
         (["data=x", "train.epochs=many"], "train.epochs=many: train.epochs: Value 'many'"),
+        (["data=x", "train.micro_batch=0"], "train.micro_batch: was 0, must be at least 1"),
         (["data=x", "train.epochs=0"], "train.epochs: was 0, must be at least 1"),
         (["data=x", "model.rank=-1"], "model.rank: was -1, must be at least 0"),
         (["data=x", "train"], "train: must be key=value"),

@@ -14,7 +14,7 @@ from ..torch import contrastive_loss as tiled
 from . import unavailable
 from ._parts import empty
 
-__all__ = ["backward", "forward", "supports", "unavailable", "wins"]
+__all__ = ["backward", "forward", "supports", "unavailable", "whole", "wins"]
 
 
 def supports(x: Tensor, y: Tensor, scale: Tensor, item_ids: Tensor | None, offset: Tensor | None, rows: bool,
@@ -34,8 +34,8 @@ def wins(x: Tensor, y: Tensor, scale: Tensor, item_ids: Tensor | None, offset: T
     # entropies (all with normalised rows and a gradient to the scale; the full matrix is no backend):
     # V=32,  B=64: 0.94, 1.26, 0.56; 256: 1.3, 1.9, 1.4; 1024: 3.6, 8.7, 22; 2048: 9.9, 24, 102; 4096: 35, 86, 519.
     # V=128, B=64: 1.10, 1.39, 0.61; 256: 1.7, 2.2, 1.3; 512: 3.2, 4.5, 5.5; 1024: 8.9, 12, 22; 2048: 29, 42, 95;
-    # 4096: 108, 143, 522; 8192: 414, 548, 2089; 16384: 1650, 2227, 8603. Under B=256 the time goes into what surrounds
-    # the kernel (which takes 0.10 of the 0.94 ms at V=32, B=64), with either backend.
+    # 4096: 108, 143, 522; 8192: 414, 548, 2089; 16384: 1650, 2227, 8603. Under B=256 the time went into what surrounds
+    # the kernel (which took 0.10 of the 0.94 ms at V=32, B=64); see ops/_contrastive_whole.py for what is done there now.
     return True
 
 
@@ -71,9 +71,30 @@ def _or_empty(gradient: Tensor | None) -> Tensor:
 
 
 def _inputs(x: Tensor, y: Tensor, scale: Tensor, item_ids: Tensor | None, offset: Tensor | None) -> tuple:
-    limits = (tiled.TOP, tiled.LOW, tiled.LARGEST_LOGIT, tiled.LARGEST_SPREAD)
     return (
         *(t if t.stride(-1) == 1 else t.contiguous() for t in (x, y)), scale,
         None if item_ids is None else item_ids.contiguous().long(), None if offset is None else offset.contiguous(),
-        limits,
+        limits(),
     )  # fmt: skip
+
+
+def limits() -> tuple[float, ...]:
+    """When one exponential serves rows and columns."""
+    return tiled.TOP, tiled.LOW, tiled.LARGEST_LOGIT, tiled.LARGEST_SPREAD
+
+
+def whole(content: Tensor, ids_embedding: Tensor, negatives: Tensor | None, scale: Tensor, log_q: Tensor | None,
+          weight: Tensor | None, item_ids: Tensor | None, asked: list[bool], mean: bool, normalize: bool,
+          need: list[bool]) -> tuple[float, list[Tensor | None]]:  # fmt: skip
+    """InfoNCE of a small batch in one call: the loss and its gradients to the first six arguments, as ``need`` wants them."""
+    given = [
+        None if t is None else t.contiguous().float() for t in (content, ids_embedding, negatives, scale, log_q, weight)
+    ]
+    given[3] = scale.double().view(())
+    grads = [torch.empty_like(t) if n and t is not None else None for n, t in zip(need, given, strict=True)]
+    x, y, extra, _, of_log_q, of_weight = given
+    found = cpp.compiled().contrastive_loss_whole(
+        x, y, extra, float(scale), None if item_ids is None else item_ids.contiguous().long(), of_log_q, of_weight,
+        limits(), *asked, mean, normalize, *grads, torch.get_num_threads(), cpp.isa,
+    )  # fmt: skip
+    return found, grads
