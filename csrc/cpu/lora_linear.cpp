@@ -81,7 +81,7 @@ class Division {
   // The parts of every adapter that has rows; with `all`, one without rows for the others. Their number does not depend
   // on threads. A part of several has half of `most` rows at least: that bounds what the sums of parts take.
   std::vector<LoraPart> parts(bool all) const {
-    const int64_t most = std::max({int64_t{128}, 4 * given_.R, (given_.T + 63) / 64});
+    const int64_t most = std::max({int64_t{128}, 4 * given_.R, (given_.T + 31) / 32});
     std::vector<LoraPart> out;
     for (int64_t g = 0; g < given_.G; ++g) {
       const int64_t begin = bounds_[static_cast<std::size_t>(g)], rows = bounds_[static_cast<std::size_t>(g) + 1] - begin;

@@ -41,7 +41,7 @@ struct LoraGradients {
 
 // Both throw std::invalid_argument for sizes they cannot serve and offsets that lead outside. Sums over an adapter's rows
 // are cut where the sizes alone say, so that any number of threads gives the same bits; they take at most half of what x
-// and dy take, and 128 times what one adapter does. x is read where da or db is wanted, and may be null otherwise.
+// and dy take, and 64 times what one adapter does. x is read where da or db is wanted, and may be null otherwise.
 void lora_linear_forward(const LoraLinear& given, const Rows& x, const Rows& y, int threads, Isa isa);
 void lora_linear_backward(const LoraLinear& given, const Rows& dy, const Rows& x, const LoraGradients& to, int threads,
                           Isa isa);

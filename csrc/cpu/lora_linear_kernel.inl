@@ -288,9 +288,12 @@ static void forward_part(const LoraJob& job, const LoraPart& part, float* scratc
   });
 }
 
-static void collect(const LoraState& st, const float* low, const float* const* rows, int64_t n, float* const* sums,
-                    int64_t width, bool first) {
-  update({low, st.ld, n, rows, sums, nullptr, nullptr, !first, nullptr, {}}, st.rank, width, Ahead{});
+// sums (+)= low^T rows. Of `from`, where these rows lie side by side, as many more are asked for meanwhile: the next tile's.
+static void collect(const LoraJob& job, const LoraState& st, const float* low, const float* const* rows, int64_t n,
+                    float* const* sums, int64_t width, bool first, const Rows& from, const uintptr_t* at) {
+  const int64_t size = bytes_of(from.storage), stride = from.stride * size;
+  const Ahead ahead = job.order != nullptr ? Ahead{} : Ahead{at[0] + static_cast<uintptr_t>(n * stride), stride, n, size};
+  update({low, st.ld, n, rows, sums, nullptr, nullptr, !first, nullptr, {}}, st.rank, width, ahead);
 }
 
 static void backward_tile(const LoraJob& job, LoraState& st, const LoraPart& part, int64_t first, int64_t n) {
@@ -304,14 +307,17 @@ static void backward_tile(const LoraJob& job, LoraState& st, const LoraPart& par
   draw_factors(job, st, first, n);
   const int64_t x_bytes = C * bytes_of(job.x.first != nullptr ? job.x.storage : job.dx.storage);
   if (need_x || part.da != nullptr) {
-    shrink(st.dy, n, D, st.b, st, st.dlow, job.y.storage == Storage::f32, job.x.first != nullptr ? st.x_at : st.y_at, x_bytes);
+    // With both sums wanted, what follows the first tile of rows that lie side by side was asked for by the tile before.
+    const bool asked = job.order == nullptr && !start && part.da != nullptr && part.db != nullptr;
+    const uintptr_t* const soon = job.x.first == nullptr ? st.y_at : asked ? nullptr : st.x_at;
+    shrink(st.dy, n, D, st.b, st, st.dlow, job.y.storage == Storage::f32 && !asked, soon, x_bytes);
   }
   if (job.x.first != nullptr) adapter_input(job, st, first, n);
   if (part.db != nullptr) {
     shrink(st.x, n, C, st.a, st, st.low, false, need_x ? st.y_at : nullptr, x_bytes);
-    collect(st, st.low, st.dy, n, st.db, D, start);
+    collect(job, st, st.low, st.dy, n, st.db, D, start, job.y, st.dy_at);
   }
-  if (part.da != nullptr) collect(st, st.dlow, st.x, n, st.da, C, start);
+  if (part.da != nullptr) collect(job, st, st.dlow, st.x, n, st.da, C, start, job.x, st.x_at);
   if (need_x) expand(st, st.dlow, st.a, job.dx, st.y_at, n, C, dropped(job));
 }
 
