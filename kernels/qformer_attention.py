@@ -1,6 +1,7 @@
 """``qformer_attention`` in Triton: rows of absorbed queries attend over raw tokens, one stream a launch.
 
-``lora_target_attention`` is the same with tokens that are looked up: rows of a bank, by their numbers.
+``lora_target_attention`` is the same with tokens that are looked up, rows of a bank by their numbers, and with biases, a
+number for each place and head that is added to the scores.
 
 ``R = H * Q`` rows of ``u`` read an item's tokens ``x``; row ``r = (h, q)`` has the score ``s = u[r] . x[t] + c[r]``. Every
 stream is read under a softmax of its own here, and so is every part of the tokens that an item is cut into; the
@@ -44,6 +45,7 @@ class Stream(NamedTuple):
     offsets: Tensor | None  # [B + 1] int64
     mask: Tensor | None  # [B, N] bool, True = a real token
     lookup: Tensor | None = None  # [B, N] or [T] int64; a number outside the bank is no token
+    bias: Tensor | None = None  # [B, N, H] or [T, H] float32, contiguous
 
     @property
     def places(self) -> torch.Size:
@@ -103,6 +105,12 @@ def _tile(base, row, stride, col, inside, C):
 
 
 @triton.jit
+def _biases(bias, at, step, head, heads, inside):
+    """Of the places ``at + step`` and of ``head``, which broadcast to a tile of scores; where nothing is there it may be NaN."""
+    return tl.load(bias + at * heads + (step * heads + head), mask=inside, other=0.0)
+
+
+@triton.jit
 def _product(a, a_row, a_stride, a_in, b, b_row, b_stride, b_in, C,
              A: tl.constexpr, B: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
              TYPE: tl.constexpr):  # fmt: skip
@@ -117,7 +125,8 @@ def _product(a, a_row, a_stride, a_in, b, b_row, b_stride, b_in, C,
 
 
 @triton.jit
-def _forward(u, c, x, offsets, mask, lookup, y, lse, batch, tokens, bank, x_item, x_token, C, Q, R, groups, slices, parts,
+def _forward(u, c, x, offsets, mask, lookup, bias, y, lse, batch, tokens, bank, x_item, x_token, C, Q, R, groups, slices,
+             parts,
              PER_ITEM: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
              CHUNK: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """``y [parts, H, B, Q, C]`` and ``lse [parts, H, B, Q]`` of one group of rows, one item, one part, one slice."""
@@ -157,6 +166,8 @@ def _forward(u, c, x, offsets, mask, lookup, y, lse, batch, tokens, bank, x_item
         else:
             s = _product(u, u_row, C, row_in, here, place, x_token, inside, C, ROWS, TOKENS, CHUNK, PRECISION,
                          u.dtype.element_ty)  # fmt: skip
+        if bias is not None:
+            s += _biases(bias, at + t, step[None, :], (r // Q)[:, None], R // Q, inside[None, :] & row_in[:, None])
         s = tl.where(inside[None, :], (s + shift[:, None]) * LOG2E, float("-inf"))
         new = tl.maximum(top, tl.max(s, 1))
         safe = tl.where(new == float("-inf"), 0.0, new)  # no token so far: every weight is exp(-inf) = 0
@@ -181,22 +192,51 @@ def _score_gradient(s, dp, shift, dshift, lse, inside):
 
 
 @triton.jit
-def _query_gradient(u, c, x, offsets, mask, lookup, dy, dshift, lse, du, dc, batch, tokens, bank, x_item, x_token, C, Q, R, groups,
-                    slices, parts, units,
+def _rows(group, Q, R, ROWS: tl.constexpr, SPAN: tl.constexpr):
+    """The rows of a group, and which of them there are. With SPAN: of several heads, SPAN rows of each."""
+    i = tl.arange(0, ROWS)
+    if SPAN == 0:
+        r = group * ROWS + i
+        inside = r < R
+    else:
+        pieces = tl.cdiv(Q, SPAN)
+        head = group // pieces * (ROWS // SPAN) + i // SPAN
+        q = group % pieces * SPAN + i % SPAN
+        r = head * Q + q
+        inside = (q < Q) & (head < R // Q)
+    return r, inside
+
+
+@triton.jit
+def _add_up_heads(ds, dbias, group, places, at, step, inside, Q, R, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+                  SPAN: tl.constexpr):  # fmt: skip
+    """Writes the sums of ``ds`` over the rows of each head, of ``_rows`` with SPAN."""
+    heads, pieces = R // Q, tl.cdiv(Q, SPAN)
+    head = group // pieces * (ROWS // SPAN) + tl.arange(0, ROWS // SPAN)
+    sums = tl.sum(tl.reshape(ds, (ROWS // SPAN, SPAN, TOKENS)), 1)
+    out = dbias + ((group % pieces) * places + at) * heads
+    tl.store(out + (step[None, :] * heads + head[:, None]), sums, mask=(head < heads)[:, None] & inside[None, :])
+
+
+@triton.jit
+def _query_gradient(u, c, x, offsets, mask, lookup, bias, dy, dshift, lse, du, dc, dbias, batch, tokens, bank, x_item, x_token, C,
+                    Q, R, groups, slices, parts, units,
                     PER_ITEM: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
-                    CHUNK: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                    CHUNK: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, SPAN: tl.constexpr):  # fmt: skip
     """``ds x`` and the sums of ``ds``, added up over ``units`` parts of items in order.
 
     Queries that all items share: ``du [programs, R, C]``, a sum a program. Queries of an item's own: ``units`` is 1, and
     ``du [parts, H, B, Q, C]``.
+
+    With ``dbias [pieces, B, N, H]`` or ``[pieces, T, H]`` the sums of ``ds`` over the rows of each head, too: a group has
+    SPAN rows of each of its heads, and a head of more rows is in several pieces.
     """
     C, x_item, x_token = C * UNIT, x_item * UNIT, x_token * UNIT
     pid = tl.program_id(0)
     group = pid % groups
     lane = pid // groups % slices
     program = pid // groups // slices
-    r = group * ROWS + tl.arange(0, ROWS)
-    row_in = r < R
+    r, row_in = _rows(group, Q, R, ROWS, SPAN)
     col = lane * WIDTH + tl.arange(0, WIDTH)
     step = tl.arange(0, TOKENS)
     u_row = r.to(tl.int64)
@@ -212,6 +252,7 @@ def _query_gradient(u, c, x, offsets, mask, lookup, dy, dshift, lse, du, dc, bat
 
     grad = tl.zeros((ROWS, WIDTH), tl.float32)
     flat = tl.zeros((ROWS,), tl.float32)
+    places = tl.cast(tokens, tl.int64) if offsets is not None else tl.cast(tokens, tl.int64) * batch
     for unit in range(program * units, tl.minimum((program + 1) * units, batch * parts)):
         item = unit // parts
         item_row = ((r // Q).to(tl.int64) * batch + item) * Q + r % Q
@@ -236,8 +277,13 @@ def _query_gradient(u, c, x, offsets, mask, lookup, dy, dshift, lse, du, dc, bat
                              u.dtype.element_ty)  # fmt: skip
                 dp = _product(dy, item_row, C, row_in, here, place, x_token, inside, C, ROWS, TOKENS, CHUNK, PRECISION,
                               u.dtype.element_ty)  # fmt: skip
+            if bias is not None:
+                s += _biases(bias, at + t, step[None, :], (r // Q)[:, None], R // Q, inside[None, :] & row_in[:, None])
             _, ds = _score_gradient(s, dp, shift[:, None], less[:, None], level[:, None], inside[None, :])
             flat += tl.sum(ds, 1)
+            if dbias is not None:
+                if lane == 0:
+                    _add_up_heads(ds, dbias, group, places, at + t, step, t + step < last, Q, R, ROWS, TOKENS, SPAN)
             grad = tl.dot(ds.to(seen.dtype), seen, grad, input_precision=PRECISION)
     tl.store(du + out_row[:, None] * C + col[None, :], grad.to(du.dtype.element_ty),
              mask=row_in[:, None] & (col < C)[None, :])  # fmt: skip
@@ -246,8 +292,8 @@ def _query_gradient(u, c, x, offsets, mask, lookup, dy, dshift, lse, du, dc, bat
 
 
 @triton.jit
-def _token_gradient(u, c, x, offsets, mask, lookup, dy, dshift, lse, dx, batch, tokens, bank, x_item, x_token, C, Q, R, slices,
-                    parts,
+def _token_gradient(u, c, x, offsets, mask, lookup, bias, dy, dshift, lse, dx, batch, tokens, bank, x_item, x_token, C, Q, R,
+                    slices, parts,
                     PER_ITEM: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
                     CHUNK: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """``ds^T u + p^T dy`` of one part of an item's tokens, one slice. Jagged: the rows that no item has are left alone."""
@@ -290,6 +336,8 @@ def _token_gradient(u, c, x, offsets, mask, lookup, dy, dshift, lse, dx, batch, 
                 dp = _product(here, place, x_token, inside, dy, item_row, C, row_in, C, TOKENS, ROWS, CHUNK, PRECISION,
                               u.dtype.element_ty)  # fmt: skip
             both = inside[:, None] & row_in[None, :]
+            if bias is not None:
+                s += _biases(bias, at + t, step[:, None], (r // Q)[None, :], R // Q, both)
             p, ds = _score_gradient(s, dp, shift[None, :], less[None, :], level[None, :], both)
             grad = tl.dot(ds.to(rows.dtype), rows, grad, input_precision=PRECISION)
             grad = tl.dot(p.to(rows.dtype), dread, grad, input_precision=PRECISION)
@@ -316,8 +364,8 @@ def _table() -> dict[str, Any]:
 
 def config(kernel: str, stream: Stream, u: Tensor) -> Config:
     """The table's tile for these tokens and queries."""
-    values, _, mask, lookup = stream
-    rows = _table()[kernel][kind(u.dtype, unit(values) > 1, mask is not None, lookup is not None)]
+    values = stream.values
+    rows = _table()[kernel][kind(u.dtype, unit(values) > 1, stream.mask is not None, stream.lookup is not None)]
     return next(Config(*tile) for up_to, *tile in rows if up_to is None or values.shape[-1] <= up_to)
 
 
@@ -374,9 +422,9 @@ def forward(u: Tensor, c: Tensor | None, stream: Stream, batch: int) -> tuple[Te
     return y, lse
 
 
-def query_gradient(u: Tensor, c: Tensor | None, stream: Stream, dy: Tensor, dshift: Tensor,
-                   lse: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients to ``u``, in its dtype, and to ``c``, in float32; both shaped as these.
+def query_gradient(u: Tensor, c: Tensor | None, stream: Stream, dy: Tensor, dshift: Tensor, lse: Tensor,
+                   need_bias: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Gradients to ``u``, in its dtype, to ``c``, in float32, and, if asked for, to the stream's biases; shaped as these.
 
     ``dy [H, B, Q, C]`` is the gradient to what the rows read, ``dshift [H, B, Q]`` what else adds to that of a weight,
     ``lse [H, B, Q]`` the logsumexp over all streams.
@@ -384,7 +432,10 @@ def query_gradient(u: Tensor, c: Tensor | None, stream: Stream, dy: Tensor, dshi
     h, own, q, width = u.shape
     batch = lse.shape[1]
     tile = fitted(config("query_gradient", stream, u), stream, u)
-    groups, slices = _cdiv(h * q, tile.rows), _cdiv(width, tile.width)
+    span = min(tile.rows, max(1, 1 << (q - 1).bit_length())) if need_bias else 0
+    pieces = _cdiv(q, span) if need_bias else 1
+    groups = pieces * _cdiv(h, tile.rows // span) if need_bias else _cdiv(h * q, tile.rows)
+    slices = _cdiv(width, tile.width)
     parts = _parts(stream, batch, groups * slices * batch, tile, u.device)
     per_item, units = own == batch, 1
     if not per_item:  # a program sums over so many parts of items that about one wave of programs is left
@@ -394,12 +445,16 @@ def query_gradient(u: Tensor, c: Tensor | None, stream: Stream, dy: Tensor, dshi
     dtype = u.dtype if sums[0] == 1 else torch.float32
     du = torch.empty(*sums, width, dtype=dtype, device=u.device)
     dc = torch.empty(sums, dtype=torch.float32, device=u.device)
+    # Zeros, for there may be places that no item has.
+    dbias = torch.zeros(pieces, *stream.places, h, dtype=torch.float32, device=u.device) if need_bias else None
     if dc.numel():
-        tensors, counts = (dy, dshift, lse, du, dc), (groups, slices, parts, units)
-        _launch(_query_gradient, groups * slices * programs, u, c, stream, tensors, batch, counts, tile)
+        tensors, counts = (dy, dshift, lse, du, dc, dbias), (groups, slices, parts, units)
+        _launch(_query_gradient, groups * slices * programs, u, c, stream, tensors, batch, counts, tile, SPAN=span)
+    if dbias is not None:
+        dbias = dbias[0] if pieces == 1 else dbias.sum(0)
     if sums[0] == 1:
-        return du[0], dc[0]
-    return du.sum(0).to(u.dtype), dc.sum(0)
+        return du[0], dc[0], dbias
+    return du.sum(0).to(u.dtype), dc.sum(0), dbias
 
 
 def token_gradient(u: Tensor, c: Tensor | None, stream: Stream, dy: Tensor, dshift: Tensor, lse: Tensor) -> Tensor:
@@ -422,18 +477,18 @@ def token_gradient(u: Tensor, c: Tensor | None, stream: Stream, dy: Tensor, dshi
     return dx
 
 
-def _launch(kernel: Any, programs: int, u: Tensor, c: Tensor | None, stream: Stream, tensors: tuple[Tensor, ...],
-            batch: int, counts: tuple[int, ...], tile: Config) -> None:  # fmt: skip
-    """All kernels take the same arguments but for ``tensors`` and ``counts``."""
-    values, offsets, mask, lookup = stream
+def _launch(kernel: Any, programs: int, u: Tensor, c: Tensor | None, stream: Stream, tensors: tuple[Tensor | None, ...],
+            batch: int, counts: tuple[int, ...], tile: Config, **others: int) -> None:  # fmt: skip
+    """All kernels take the same arguments but for ``tensors``, ``counts`` and ``others``."""
+    values, offsets, mask, lookup, bias = stream
     h, own, q, width = u.shape
     one = unit(values)
     with _device(u):
         kernel[(programs,)](
-            u, c, values, offsets, None if mask is None else mask.view(torch.uint8), lookup, *tensors, batch,
+            u, c, values, offsets, None if mask is None else mask.view(torch.uint8), lookup, bias, *tensors, batch,
             stream.places[-1], values.shape[0], values.stride(0) // one, values.stride(-2) // one, width // one, q, h * q,
             *counts, PER_ITEM=own == batch, ROWS=tile.rows, TOKENS=tile.tokens, WIDTH=tile.width, CHUNK=tile.chunk, UNIT=one,
-            PRECISION=precision(), num_warps=tile.warps, num_stages=tile.stages, maxnreg=REGISTERS,
+            PRECISION=precision(), num_warps=tile.warps, num_stages=tile.stages, maxnreg=REGISTERS, **others,
         )  # fmt: skip
 
 

@@ -72,21 +72,24 @@ def taken(case: Case) -> Taken:
 
 def qformer(dtypes: tuple[torch.dtype, ...] = tuple(TYPES), *, precision: str = "ieee", aligned: bool = True,
             per_item: bool = False, tokens: str = "jagged", bank: torch.dtype | None = None,
-            rows: int = 2**31) -> Iterator[Case]:  # fmt: skip
+            rows: int = 2**31, biased: bool = False, span: int = 0) -> Iterator[Case]:  # fmt: skip
     """Every tile of the table, for every target.
 
     ``aligned``: the kernels' UNIT is 8, and the tokens begin at a multiple of 16 bytes. ``tokens`` are ``"padded"``,
     ``"masked"``, ``"jagged"`` or ``"looked up"``, in a bank that may have a dtype of its own. ``rows`` is the most that a
-    tile of the forward or the queries' gradient is left with.
+    tile of the forward or the queries' gradient is left with. ``biased``: there are biases. ``span``: their gradient is
+    asked for, in tiles of at most so many rows a head; only the kernel that makes it.
     """
     present = {"jagged": {"offsets": "*i64"}, "padded": {}, "masked": {"mask": "*u8"},
                "looked up": {"offsets": "*i64", "lookup": "*i64"}}[tokens]  # fmt: skip
-    for (name, function), dtype in itertools.product(QFORMER.items(), dtypes):
+    kernels = {name: function for name, function in QFORMER.items() if not span or name == "query_gradient"}
+    for (name, function), dtype in itertools.product(kernels.items(), dtypes):
         token = "*" + TYPES[dtype]
         types = dict.fromkeys(("u", "x", "y", "dy", "dx"), token) | dict.fromkeys(("c", "dshift", "lse", "dc"), "*fp32")
         types |= {"du": token if per_item else "*fp32"} | present
         if tokens == "looked up":
             types |= {"x": "*" + TYPES[bank or dtype], "dx": "*fp32"}
+        types |= dict.fromkeys(["bias"] * biased + ["dbias"] * (span > 0), "*fp32")
         kind = qformer_attention.kind(dtype, aligned, tokens == "masked", tokens == "looked up")
         for (_, *numbers), target in itertools.product(qformer_attention._table()[name][kind], TARGETS):
             tile = qformer_attention.Config(*numbers)
@@ -95,7 +98,11 @@ def qformer(dtypes: tuple[torch.dtype, ...] = tuple(TYPES), *, precision: str = 
                 ROWS=tile.rows, TOKENS=tile.tokens, WIDTH=tile.width, CHUNK=tile.chunk, UNIT=8 if aligned else 1,
                 PRECISION=precision, PER_ITEM=per_item,
             ) | dict.fromkeys({"offsets", "mask", "lookup", *["c"] * ("lookup" in present)} - set(present))  # fmt: skip
+            constants |= dict.fromkeys({"bias", "dbias"} & set(function.arg_names) - set(types))
+            if name == "query_gradient":
+                constants["SPAN"] = min(span, tile.rows)
             flags = [TYPES[dtype], precision, *["aligned"] * aligned, *["per_item"] * per_item, tokens]
+            flags += [*["biased"] * biased, *[f"span {span}"] * (span > 0)]
             flags += [] if bank is None else [f"in {TYPES[bank]}"]
             yield Case(name, function, target, tile, types, constants, frozenset(types) - frozenset("x" * (not aligned)), SHARED, " ".join(flags))
 
@@ -149,6 +156,14 @@ def cases(op: str) -> Iterator[Case]:
         yield from qformer(full, per_item=True, tokens="looked up", precision="tf32")
         yield from qformer(half, per_item=True, tokens="looked up", aligned=False)
         yield from qformer(full, per_item=True, tokens="looked up", aligned=False)
+        for dtypes, aligned in itertools.product((half, full), (True, False)):
+            yield from qformer(dtypes, per_item=True, tokens="looked up", aligned=aligned, biased=True)
+            for span in (1, 4, 16):
+                yield from qformer(dtypes, per_item=True, tokens="looked up", aligned=aligned, biased=True, span=span)
+        yield from qformer(full, per_item=True, tokens="looked up", biased=True, rows=4)
+        yield from qformer(full, per_item=True, tokens="looked up", biased=True, span=1, rows=4)
+        yield from qformer(full, per_item=True, tokens="looked up", biased=True, precision="tf32")
+        yield from qformer(full, per_item=True, tokens="looked up", biased=True, span=1, precision="tf32")
     if op == "contrastive_loss":
         yield from contrast()
         yield from contrast(given="")

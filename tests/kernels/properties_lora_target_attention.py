@@ -11,6 +11,7 @@ import em3
 from em3.backends.torch import lora_target_attention as plain_backend
 from em3.backends.triton import lora_target_attention as backend
 from em3.kernels import qformer_attention as kernels
+from em3.ops._pooling import SOFTMAX, Pooling
 from tests import oracle
 from tests.kernels.properties import TILES, tiles  # noqa: F401, a fixture
 from tests.ops.test_lora_target_attention import make, op, plain, shapes
@@ -33,7 +34,7 @@ def test_matches_the_reference(dtype, tiles, seed):  # noqa: F811
 def test_long_histories_are_cut_into_parts(lengths, tiles):  # noqa: F811
     """Many places of one row, too: what each adds to the bank's gradient is summed in one order."""
     tiles("whole", 64)
-    args = make(2, 2, 16, 40, 7, lengths, holes=True)
+    args = make(2, 2, 16, 40, 7, lengths, holes=True, biases=1)
     oracle.check(op("absorb", "triton"), plain, args, torch.float32)
     oracle.same_bits_twice(op("absorb", "triton"), oracle.convert(args, torch.float32))
 
@@ -44,15 +45,28 @@ def test_long_histories_are_cut_into_parts(lengths, tiles):  # noqa: F811
 ], ids=str)  # fmt: skip
 def test_the_tiles_of_the_table(width, dtype, bank):
     u, w, x = (torch.randn(2, 2, 1, width) * width**-0.5).to(dtype), torch.randn(2, 3, width).to(dtype), torch.randn(9, width).to(bank)
-    args = (u, w, torch.randint(-1, 9, (2, 21)), None, x)
+    args = (u, w, torch.randint(-1, 9, (2, 21)), None, x, torch.randn(2, 21, 2), SOFTMAX)
     found, right = ([t.float() for t in way.forward(*args)] for way in (backend, plain_backend))
     dout = torch.randn(2, 2, 1, 3).to(dtype)
     limit = 1e-5 if dtype == torch.float32 else 2e-2
     assert max(oracle.relative_error(got, want) for got, want in zip(found, right, strict=True)) < limit
     y, o, lse = plain_backend.forward(*args)
-    for got, want in zip(*(way.backward(dout, *args, y, o, lse, True, True, True) for way in (backend, plain_backend)), strict=True):
+    for got, want in zip(*(way.backward(dout, *args, y, o, lse, *[True] * 4) for way in (backend, plain_backend)), strict=True):
         assert got.dtype == want.dtype
         assert oracle.relative_error(got, want) < (1e-2 if got.dtype == torch.bfloat16 and limit < 1e-2 else limit)
+
+
+@pytest.mark.parametrize(("heads", "m"), [(3, 1), (3, 3), (2, 5), (5, 8), (2, 17), (1, 40), (18, 2)])
+@pytest.mark.parametrize("lengths", [[33, 0, 5], 20], ids=["jagged", "padded"])
+def test_every_way_to_lay_heads_into_a_tile(lengths, heads, m, tiles):  # noqa: F811
+    """Heads side by side in one tile of 16 rows, in several, and heads of more rows than a tile."""
+    tiles("slices", 4)
+    args = make(3, heads, 4, 40, 9, lengths, m=m, holes=True, biases=2, bank_grad=False)
+    oracle.check(op("absorb", "triton"), plain, args, torch.float32)
+    biased = [table for table, _ in args["biases"]]
+    frozen = args | {n: args[n].detach() for n in ("target", "w_q", "w_k", "w_v", "w_o")} | dict(lora_k=None, lora_v=None)
+    assert oracle.leaves(frozen) == biased
+    oracle.check(op("absorb", "triton"), plain, frozen, torch.float32)
 
 
 @pytest.mark.parametrize("wild", [[0, 9, 5, 10**9], [-5, 3, 7, 12], [10**12, 10**12, 0, 4]])
@@ -62,19 +76,24 @@ def test_nothing_leads_outside_the_bank(wild):
     bank = around[14:26].copy_(torch.randn(12, 16))
     rows = torch.tensor([3, -1, 12, 10**12, -(10**12), 2, 11, 0, 5, 2**31 + 3])
     u, w = torch.randn(2, 3, 1, 16), torch.randn(2, 4, 16)
-    args = (u, w, rows, torch.tensor(wild), bank)
+    bias = torch.full((24, 2), torch.nan)[7:17].copy_(torch.randn(10, 2))
+    args = (u, w, rows, torch.tensor(wild), bank, bias, SOFTMAX)
     y, o, lse = backend.forward(*args)
     assert torch.isfinite(o).all()
-    du, _, dbank = backend.backward(torch.randn_like(o), *args, y, o, lse, True, False, True)
+    du, _, dbank, dbias = backend.backward(torch.randn_like(o), *args, y, o, lse, True, False, True, True)
     assert torch.isfinite(du).all()
     assert torch.isfinite(dbank).all()
-    assert dbank.shape == bank.shape
+    assert torch.isfinite(dbias).all()
+    assert (dbank.shape, dbias.shape) == (bank.shape, bias.shape)
 
 
 def test_it_is_never_the_automatic_choice_on_the_cpu():
     args = (torch.randn(2, 2, 1, 8), torch.randn(2, 4, 8), torch.tensor([[0, 1], [2, -1]]), None, torch.randn(3, 8))
-    assert backend.supports(*args) is None
-    assert not backend.wins(*args)
+    for bias in (None, torch.randn(2, 2, 2)):
+        assert backend.supports(*args, bias, SOFTMAX) is None
+        assert not backend.wins(*args, bias, SOFTMAX)
+    why = backend.supports(*args, None, Pooling("din"))
+    assert why == "it pools by softmax only and pooling was 'din'; use another backend"
     with pytest.raises(em3.BackendError, match=r"torch\.float64; convert them"):
         op("absorb", "triton")(**make(2, 2, 2, 4, 5, 3))
 

@@ -23,8 +23,6 @@ _MOST = 2**31 - 2**12  # what is counted in 32 bits: rows of the bank, places of
 
 def supports(u: Tensor, w: Tensor, history: Tensor, offsets: Tensor | None, bank: Tensor, bias: Tensor | None,
              pool: Pooling) -> str | None:  # fmt: skip
-    if bias is not None:
-        return "it adds no bias to the scores; leave out biases or use another backend"
     if pool != SOFTMAX:
         return f"it pools by softmax only and pooling was {pool.kind!r}; use another backend"
     if torch.float64 in (u.dtype, bank.dtype):
@@ -48,7 +46,7 @@ def wins(u: Tensor, w: Tensor, history: Tensor, offsets: Tensor | None, bank: Te
 
 def forward(u: Tensor, w: Tensor, history: Tensor, offsets: Tensor | None, bank: Tensor, bias: Tensor | None,
             pool: Pooling) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    parts, lses = kernel("qformer_attention").forward(u.contiguous(), None, _stream(history, offsets, bank), u.shape[1])
+    parts, lses = kernel("qformer_attention").forward(u.contiguous(), None, _stream(history, offsets, bank, bias), u.shape[1])
     y, lse = joined(parts, lses, u.dtype)
     return y, project([y], [w]), lse
 
@@ -56,15 +54,17 @@ def forward(u: Tensor, w: Tensor, history: Tensor, offsets: Tensor | None, bank:
 def backward(dout: Tensor, u: Tensor, w: Tensor, history: Tensor, offsets: Tensor | None, bank: Tensor, bias: Tensor | None,
              pool: Pooling, y: Tensor, o: Tensor, lse: Tensor, need_u: bool, need_w: bool, need_bank: bool, need_bias: bool,
              ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    kernels, stream = kernel("qformer_attention"), _stream(history, offsets, bank)
+    kernels, stream = kernel("qformer_attention"), _stream(history, offsets, bank, bias)
     (dy,), (dw,) = project_backward(dout, [y], [w], [need_w])
     delta = (dout.float() * o.float()).sum(-1)  # [H, B, M]: sum_t p dp
     inputs = (u.contiguous(), None, stream, dy.contiguous(), -delta, lse.contiguous())
-    du = kernels.query_gradient(*inputs)[0] if need_u else torch.zeros_like(u, memory_format=torch.contiguous_format)
+    du, dbias = torch.zeros_like(u, memory_format=torch.contiguous_format), None
+    if need_u or need_bias:
+        du, _, dbias = kernels.query_gradient(*inputs, need_bias=need_bias)
     dbank = bank.new_empty(0)
     if need_bank:
         dbank = _of_bank(kernels.token_gradient(*inputs), history, bank)
-    return du, dw, dbank, u.new_empty(0)
+    return du, dw, dbank, u.new_empty(0) if dbias is None else dbias
 
 
 def _of_bank(dx: Tensor, history: Tensor, bank: Tensor) -> Tensor:
@@ -75,8 +75,8 @@ def _of_bank(dx: Tensor, history: Tensor, bank: Tensor) -> Tensor:
     return added[:n].to(bank.dtype)
 
 
-def _stream(history: Tensor, offsets: Tensor | None, bank: Tensor) -> Any:
+def _stream(history: Tensor, offsets: Tensor | None, bank: Tensor, bias: Tensor | None) -> Any:
     """The bank as it lies; copied only if the elements of a row are apart."""
     near = bank if bank.stride(1) == 1 and bank.stride(0) < _MOST else bank.contiguous()
-    offsets = None if offsets is None else offsets.contiguous()
-    return kernel("qformer_attention").Stream(near, offsets, None, history.contiguous())
+    offsets, bias = (None if t is None else t.contiguous() for t in (offsets, bias))
+    return kernel("qformer_attention").Stream(near, offsets, None, history.contiguous(), bias)

@@ -79,7 +79,7 @@ def backward(dout: Tensor, dmass: Tensor | None, u: list[Tensor], c: Tensor | No
         (dy,), _ = plain.project_backward(dout, [y[m]], [w[m]], [False])
         inputs = (rows, shift, stream, dy.contiguous(), -delta if dmass is None else dmass[m] - delta, lse)
         if need_u:
-            to_u, to_c = kernels.query_gradient(*inputs)
+            to_u, to_c, _ = kernels.query_gradient(*inputs)
             du.append(to_u)
             dc.append(to_c)
         dx.append(kernels.token_gradient(*inputs).to(values[m].dtype) if need_values[m] else values[m].new_empty(0))
