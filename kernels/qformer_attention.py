@@ -281,7 +281,7 @@ def _query_gradient(u, c, x, offsets, mask, lookup, bias, dy, dshift, lse, du, d
                 s += _biases(bias, at + t, step[None, :], (r // Q)[:, None], R // Q, inside[None, :] & row_in[:, None])
             _, ds = _score_gradient(s, dp, shift[:, None], less[:, None], level[:, None], inside[None, :])
             flat += tl.sum(ds, 1)
-            if dbias is not None:
+            if dbias is not None:  # noqa: SIM102, Triton decides this one when it compiles and the other when it runs
                 if lane == 0:
                     _add_up_heads(ds, dbias, group, places, at + t, step, t + step < last, Q, R, ROWS, TOKENS, SPAN)
             grad = tl.dot(ds.to(seen.dtype), seen, grad, input_precision=PRECISION)
