@@ -6,10 +6,15 @@ import statistics
 import time
 
 import pytest
+import torch
+
+import em3
+from em3.benchmarks import registry
 
 from . import guard
 
 REPEATS = 3  # of each measurement when floors are set
+OPTIONS = 1.15  # what masked duplicates, logQ and weights may cost together
 
 
 def names(shapes):
@@ -65,3 +70,24 @@ def test_memory(shape, floors, found):
         f"{shape.op}, {shape.name}: the peak of forward and backward was {share:.2f} times the inputs' size three times in a row; "
         f"{held} was measured, {ceiling:.2f} is the ceiling"
     )
+
+
+@pytest.mark.parametrize("b", [512, 2048])
+def test_what_recommenders_need_costs_little(b):
+    """Duplicates masked, logQ and weights together, over none of them: of contrastive_loss, forward and backward."""
+    inputs = registry.OPERATIONS["contrastive_loss"].make({"B": b, "V": 128}, "cpu", torch.float32)
+    more = dict(item_ids=torch.randint(b // 2, (b,)), log_q=torch.rand(b).log(), weight=torch.rand(b))
+
+    def seconds(options):
+        start = time.process_time()
+        loss = em3.ops.contrastive_loss(**inputs, **options)
+        torch.autograd.grad(loss, list(inputs.values()))
+        return time.process_time() - start
+
+    def ratio():
+        return statistics.median([seconds(more) / seconds({}) for _ in range(guard.ROUNDS)][2:])
+
+    cost = ratio()
+    if cost > OPTIONS:
+        cost = min(cost, ratio(), ratio())
+    assert cost <= OPTIONS, f"with item_ids, log_q and weight a step took {cost:.2f} times as long three times in a row"
