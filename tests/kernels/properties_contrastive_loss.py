@@ -30,7 +30,7 @@ def tiles(monkeypatch):
 
 
 def test_matches_the_reference(tiles, seed):
-    @settings(max_examples=6)
+    @settings(max_examples=5)
     @given(case=cases((2, 17, 33)), tile=st.sampled_from(sorted(TILES)), waves=st.sampled_from([1, 5, 64]), salt=st.integers(0, 2**31))
     def check(case, tile, waves, salt):
         torch.manual_seed(seed ^ salt)
