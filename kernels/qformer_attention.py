@@ -208,14 +208,15 @@ def _rows(group, Q, R, ROWS: tl.constexpr, SPAN: tl.constexpr):
 
 
 @triton.jit
-def _add_up_heads(ds, dbias, group, places, at, step, inside, Q, R, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+def _add_up_heads(ds, dbias, group, lane, places, at, step, inside, Q, R, ROWS: tl.constexpr, TOKENS: tl.constexpr,
                   SPAN: tl.constexpr):  # fmt: skip
-    """Writes the sums of ``ds`` over the rows of each head, of ``_rows`` with SPAN."""
-    heads, pieces = R // Q, tl.cdiv(Q, SPAN)
-    head = group // pieces * (ROWS // SPAN) + tl.arange(0, ROWS // SPAN)
-    sums = tl.sum(tl.reshape(ds, (ROWS // SPAN, SPAN, TOKENS)), 1)
-    out = dbias + ((group % pieces) * places + at) * heads
-    tl.store(out + (step[None, :] * heads + head[:, None]), sums, mask=(head < heads)[:, None] & inside[None, :])
+    """Writes the sums of ``ds`` over the rows of each head, of ``_rows`` with SPAN; once, not for every slice."""
+    if lane == 0:
+        heads, pieces = R // Q, tl.cdiv(Q, SPAN)
+        head = group // pieces * (ROWS // SPAN) + tl.arange(0, ROWS // SPAN)
+        sums = tl.sum(tl.reshape(ds, (ROWS // SPAN, SPAN, TOKENS)), 1)
+        out = dbias + ((group % pieces) * places + at) * heads
+        tl.store(out + (step[None, :] * heads + head[:, None]), sums, mask=(head < heads)[:, None] & inside[None, :])
 
 
 @triton.jit
@@ -281,9 +282,8 @@ def _query_gradient(u, c, x, offsets, mask, lookup, bias, dy, dshift, lse, du, d
                 s += _biases(bias, at + t, step[None, :], (r // Q)[:, None], R // Q, inside[None, :] & row_in[:, None])
             _, ds = _score_gradient(s, dp, shift[:, None], less[:, None], level[:, None], inside[None, :])
             flat += tl.sum(ds, 1)
-            if dbias is not None:  # noqa: SIM102, Triton decides this one when it compiles and the other when it runs
-                if lane == 0:
-                    _add_up_heads(ds, dbias, group, places, at + t, step, t + step < last, Q, R, ROWS, TOKENS, SPAN)
+            if dbias is not None:
+                _add_up_heads(ds, dbias, group, lane, places, at + t, step, t + step < last, Q, R, ROWS, TOKENS, SPAN)
             grad = tl.dot(ds.to(seen.dtype), seen, grad, input_precision=PRECISION)
     tl.store(du + out_row[:, None] * C + col[None, :], grad.to(du.dtype.element_ty),
              mask=row_in[:, None] & (col < C)[None, :])  # fmt: skip

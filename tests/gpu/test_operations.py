@@ -84,20 +84,22 @@ TARGET = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("strategy", "backend"), TARGET)
 @pytest.mark.parametrize("lengths", [70, [5, 0, 70, 1]], ids=["padded", "jagged"])
-def test_lora_target_attention(lengths, strategy, backend, dtype):
-    args = lta.make(4, 4, 16, 48, 100, lengths, m=3, holes=True)
+@pytest.mark.parametrize("biases", [0, 2])
+def test_lora_target_attention(biases, lengths, strategy, backend, dtype):
+    args = lta.make(4, 4, 16, 48, 100, lengths, m=3, holes=True, biases=biases)
     oracle.check(lta.op(strategy, backend), lta.plain, on_gpu(args), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("m", [1, 2, 40])
+@pytest.mark.parametrize("biases", [0, 1])
 @pytest.mark.parametrize("width", [40, 77, 128, 256, 512, 768])
-def test_lora_target_attention_of_every_width(width, m, dtype):
+def test_lora_target_attention_of_every_width(width, biases, m, dtype):
     """Every tile of the kernels; the long history is cut into parts, and names rows of the bank many times over."""
     reason = _dispatch.module("lora_target_attention", "triton").unavailable()
     if reason is not None:
         pytest.skip(f"triton: {reason}")
-    args = on_gpu(lta.make(5, 4, 16, width, 300, [300, 0, 4000, 1, 33], m=m, holes=True))
+    args = on_gpu(lta.make(5, 4, 16, width, 300, [300, 0, 4000, 1, 33], m=m, holes=True, biases=biases))
     oracle.check(lta.op("absorb", "triton"), lta.plain, args, dtype)
     oracle.same_bits_twice(lta.op("absorb", "triton"), oracle.convert(args, dtype))
 

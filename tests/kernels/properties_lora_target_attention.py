@@ -56,16 +56,14 @@ def test_the_tiles_of_the_table(width, dtype, bank):
         assert oracle.relative_error(got, want) < (1e-2 if got.dtype == torch.bfloat16 and limit < 1e-2 else limit)
 
 
-@pytest.mark.parametrize(("heads", "m"), [(3, 1), (3, 3), (2, 5), (5, 8), (2, 17), (1, 40), (18, 2)])
-@pytest.mark.parametrize("lengths", [[33, 0, 5], 20], ids=["jagged", "padded"])
-def test_every_way_to_lay_heads_into_a_tile(lengths, heads, m, tiles):  # noqa: F811
-    """Heads side by side in one tile of 16 rows, in several, and heads of more rows than a tile."""
+@pytest.mark.parametrize(("heads", "m", "lengths"), [(3, 1, 20), (3, 3, [33, 0]), (2, 17, [9, 0]), (18, 2, 7)])
+def test_every_way_to_lay_heads_into_a_tile(heads, m, lengths, tiles):  # noqa: F811
+    """Heads side by side in one tile of 16 rows, in several, and heads of more rows than a tile. Also where only tables learn."""
     tiles("slices", 4)
-    args = make(3, heads, 4, 40, 9, lengths, m=m, holes=True, biases=2, bank_grad=False)
+    args = make(2, heads, 4, 40, 9, lengths, m=m, rank=None, holes=True, biases=2)
     oracle.check(op("absorb", "triton"), plain, args, torch.float32)
-    biased = [table for table, _ in args["biases"]]
-    frozen = args | {n: args[n].detach() for n in ("target", "w_q", "w_k", "w_v", "w_o")} | dict(lora_k=None, lora_v=None)
-    assert oracle.leaves(frozen) == biased
+    frozen = args | {name: args[name].detach() for name in ("target", "bank", "w_q", "w_k", "w_v", "w_o")}
+    assert oracle.leaves(frozen) == [table for table, _ in args["biases"]]
     oracle.check(op("absorb", "triton"), plain, frozen, torch.float32)
 
 
