@@ -365,7 +365,8 @@ def _table() -> dict[str, Any]:
 def config(kernel: str, stream: Stream, u: Tensor) -> Config:
     """The table's tile for these tokens and queries."""
     values = stream.values
-    rows = _table()[kernel][kind(u.dtype, unit(values) > 1, stream.mask is not None, stream.lookup is not None)]
+    given = (t is not None for t in (stream.mask, stream.lookup, stream.bias))
+    rows = _table()[kernel][kind(u.dtype, unit(values) > 1, *given)]
     return next(Config(*tile) for up_to, *tile in rows if up_to is None or values.shape[-1] <= up_to)
 
 
@@ -377,11 +378,13 @@ def fitted(tile: Config, stream: Stream, u: Tensor) -> Config:
     return tile._replace(rows=min(tile.rows, max(4, 1 << (h * q - 1).bit_length())))
 
 
-def kind(dtype: torch.dtype, even: bool, masked: bool, looked_up: bool) -> str:
+def kind(dtype: torch.dtype, even: bool, masked: bool, looked_up: bool, biased: bool) -> str:
     """The part of the table that holds tiles for such tokens, and queries of this dtype."""
     what = "float32" if dtype == torch.float32 else "half"
     if not even:
         return f"{what}, odd"
+    if biased and what == "half":
+        return "half, biased"
     if looked_up:
         return f"{what}, looked up"
     return "half, masked" if masked and what == "half" else what

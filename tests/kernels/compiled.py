@@ -90,7 +90,7 @@ def qformer(dtypes: tuple[torch.dtype, ...] = tuple(TYPES), *, precision: str = 
         if tokens == "looked up":
             types |= {"x": "*" + TYPES[bank or dtype], "dx": "*fp32"}
         types |= dict.fromkeys(["bias"] * biased + ["dbias"] * (span > 0), "*fp32")
-        kind = qformer_attention.kind(dtype, aligned, tokens == "masked", tokens == "looked up")
+        kind = qformer_attention.kind(dtype, aligned, tokens == "masked", tokens == "looked up", biased)
         for (_, *numbers), target in itertools.product(qformer_attention._table()[name][kind], TARGETS):
             tile = qformer_attention.Config(*numbers)
             tile = tile._replace(rows=min(tile.rows, rows)) if name != "token_gradient" else tile
@@ -160,6 +160,8 @@ def cases(op: str) -> Iterator[Case]:
             yield from qformer(dtypes, per_item=True, tokens="looked up", aligned=aligned, biased=True)
             for span in (1, 4, 16):
                 yield from qformer(dtypes, per_item=True, tokens="looked up", aligned=aligned, biased=True, span=span)
+        for span in (0, 1, 4, 16):
+            yield from qformer(half, per_item=True, tokens="looked up", bank=torch.float32, biased=True, span=span)
         yield from qformer(full, per_item=True, tokens="looked up", biased=True, rows=4)
         yield from qformer(full, per_item=True, tokens="looked up", biased=True, span=1, rows=4)
         yield from qformer(full, per_item=True, tokens="looked up", biased=True, precision="tf32")

@@ -14,6 +14,8 @@ CASES = [
     *(case for case in compiled.qformer((torch.bfloat16,)) if case.tile.width == case.tile.chunk == WIDEST),
     *(case for case in compiled.qformer((torch.bfloat16,), per_item=True, tokens="looked up", bank=torch.float32)
       if case.tile.width == case.tile.chunk == WIDEST and case.target == 80 and case.kernel == "forward"),
+    *(case for case in compiled.qformer((torch.bfloat16,), per_item=True, tokens="looked up", bank=torch.float32, biased=True, span=4)
+      if case.tile.width == case.tile.chunk == WIDEST and case.target == 90),
     *(case for case in compiled.contrast() if case.tile.width == case.tile.chunk == 128 and case.target == 90),
 ]  # fmt: skip
 TABLES = [
