@@ -50,7 +50,7 @@ def loss(content: Tensor, ids_embedding: Tensor, negatives: Tensor | None, logit
         return None
     found: Tensor = _Whole.apply(
         chosen.whole, content, ids_embedding, negatives, scale, log_q, weight, item_ids, asked, options["reduction"] == "mean",
-        options["normalize"],
+        options["normalize"], torch.is_grad_enabled(),
     )  # fmt: skip
     return found
 
@@ -59,13 +59,17 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, whole: Callable[..., Any], content: Tensor, ids_embedding: Tensor, negatives: Tensor | None,
                 scale: Tensor, log_q: Tensor | None, weight: Tensor | None, item_ids: Tensor | None, asked: list[bool],
-                mean: bool, normalize: bool) -> Tensor:  # fmt: skip
+                mean: bool, normalize: bool, gradients: bool) -> Tensor:  # fmt: skip
+        inputs = (content, ids_embedding, negatives, scale, log_q, weight)
+        # needs_input_grad is what tensors require, under no_grad too; and here gradients cost three times the loss.
+        need = [n and gradients for n in ctx.needs_input_grad[1:7]]
         found, grads = whole(
             content, ids_embedding, negatives, scale, log_q, weight, item_ids, asked, mean, normalize,
-            list(ctx.needs_input_grad[1:7]),
+            list(need),
         )  # fmt: skip
         ctx.save_for_backward(*grads)
-        inputs = (content, ids_embedding, negatives, scale, log_q, weight)
+        # Not by save_for_backward: they are never read, and whoever owns them may have written to them meanwhile.
+        ctx.inputs = [t if n else None for t, n in zip(inputs, need, strict=True)]
         ctx.like = [None if t is None else (t.dtype, t.shape) for t in inputs]
         return content.new_full((), found)
 
@@ -77,15 +81,19 @@ class _Whole(torch.autograd.Function):
             for g, like in zip(ctx.saved_tensors, ctx.like, strict=True)
         ]
         if torch.is_grad_enabled():  # under create_graph
-            grads = list(_NoSecondOrder.apply(grad, *grads))
-        return None, *grads, None, None, None, None
+            grads = list(_NoSecondOrder.apply(grad, *ctx.inputs, *grads))
+        return None, *grads, None, None, None, None, None
 
 
 class _NoSecondOrder(torch.autograd.Function):
-    """First-order gradients that have none of their own; without this those would be zero, or wrong, silently."""
+    """First-order gradients that have none of their own; without this those would be zero, or wrong, silently.
+
+    They depend on the inputs even where the upstream gradient is a constant, as that of ``loss.backward()`` is.
+    """
 
     @staticmethod
-    def forward(ctx: Any, upstream: Tensor, *grads: Tensor | None) -> Any:
+    def forward(ctx: Any, upstream: Tensor, *inputs_and_grads: Tensor | None) -> Any:
+        grads = inputs_and_grads[len(inputs_and_grads) // 2 :]
         return tuple(None if g is None else g.clone() for g in grads)
 
     @staticmethod

@@ -160,6 +160,9 @@ def _merged(weight: Tensor, lora: Lora | None) -> tuple[Tensor, Lora | None]:
 
 def _projected_form(q: Tensor, ids: Tensor, offsets: Tensor | None, bank: Tensor, w_k: Tensor, w_v: Tensor,
                     lora_k: Lora | None, lora_v: Lora | None, bias: Tensor | None) -> Tensor:  # fmt: skip
+    if offsets is not None and not (_checks.readable(offsets) and int(offsets[-1]) == ids.shape[0]):
+        # Behind the last user nobody reads: a row that is named only there would reach the weights' gradients.
+        ids = ids.masked_fill(torch.arange(ids.shape[0], device=ids.device) >= offsets[-1], -1)
     rows, present = torch.ops.em3.bank_rows(ids, bank.shape[0])
     flat = rows.reshape(-1)
     mask = None if _checks.readable(present) and bool(present.all()) else present  # None: every place holds an item

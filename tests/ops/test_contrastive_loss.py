@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 import em3
 from em3 import reference
+from em3.backends import cpp
+from em3.backends.cpp import contrastive_loss as compiled
 from em3.backends.torch import contrastive_loss as tiled
 from em3.ops import _contrastive_whole
 from tests import oracle
@@ -400,3 +402,31 @@ def test_sigmoid_has_the_torch_backend_alone():
     x = torch.randn(3, 4)
     with pytest.raises(em3.BackendError, match=r"backend 'cpp' of contrastive_loss serves kind='infonce' only; use backend='auto'"):
         em3.ops.contrastive_loss(x, x, logit_scale=2.0, logit_bias=-1.0, kind="sigmoid", backend="cpp")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_second_order_gradients_are_an_error_beside_a_first_order_term(backend):
+    """The upstream gradient of ``backward()`` is a constant, and another term's gradient must not hide what is missing."""
+    x, y = (torch.randn(4, 6, requires_grad=True) for _ in range(2))
+    loss = em3.ops.contrastive_loss(x, y, logit_scale=7.0, backend=backend)
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="contrastive_loss has no second-order gradients"):
+        (x.sum() + grad.square().sum()).backward()
+
+
+@pytest.mark.skipif(cpp.unavailable() is not None, reason=f"em3._C: {cpp.unavailable()}")
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+def test_small_batch_asks_for_no_gradient_under_no_grad(grad, monkeypatch):
+    asked = []
+    whole = compiled.whole
+
+    def spied(*args):
+        asked.append(args[-1])
+        return whole(*args)
+
+    monkeypatch.setattr(compiled, "whole", spied)
+    x, y, scale = (torch.nn.Parameter(t) for t in (torch.randn(4, 6), torch.randn(4, 6), torch.tensor(7.0)))
+    with torch.set_grad_enabled(grad):
+        loss = em3.ops.contrastive_loss(x, y, logit_scale=scale, backend="cpp")
+    assert loss.requires_grad == grad
+    assert asked == [[grad, grad, False, grad, False, False]]

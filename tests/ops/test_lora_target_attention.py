@@ -474,3 +474,16 @@ def test_error_messages(case, strategy):
     em3.ops.lora_target_attention(**good)
     with pytest.raises(ValueError, match=message):
         em3.ops.lora_target_attention(**good | changed)
+
+
+@pytest.mark.parametrize("rows", [3, 20], ids=["bank", "history"])
+@pytest.mark.parametrize(("strategy", "backend"), WAYS)
+def test_a_bank_row_that_is_named_behind_the_last_user_only_reaches_nobody(strategy, backend, rows):
+    bank = torch.randn(rows, 5)
+    bank[2] = torch.nan
+    history = em3.Jagged(torch.tensor([0, 1, -1, 0, 2, 2]), torch.tensor([0, 2, 4]))
+    weights = [torch.randn(4, width, requires_grad=True) for width in (4, 5, 5, 4)]
+    target = torch.randn(2, 4, requires_grad=True)
+    out = em3.ops.lora_target_attention(target, history, bank, *weights, num_heads=2, strategy=strategy, backend=backend)
+    for result in (out, *torch.autograd.grad(out.sum(), [target, *weights])):
+        assert result.isfinite().all()
