@@ -24,8 +24,9 @@ demo: install
 	$(BIN)/em3 data make $(DEMO)/catalogue
 	$(BIN)/em3 train --data $(DEMO)/catalogue --out $(DEMO)/run --config benchmarks/configs/demo.yaml
 
+# A thread a worker: with two each on two cores, tests took 1.6 times as long. Those about threads set their number themselves.
 test: install lint
-	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST)
 
 # An editable install: Python edits need no new one, C++ edits compile what they touch.
 install: $(VENV)/installed

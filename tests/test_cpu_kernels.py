@@ -89,6 +89,24 @@ def test_every_instruction_set_multiplies_bf16(forced_isa, per_item, frozen, mon
         assert not all(torch.equal(a, b) for a, b in zip(got, without, strict=True))
 
 
+@pytest.mark.parametrize("wanted", ["all", "tokens", "one stream"])
+def test_bf16_gradients_of_short_items_cancel(forced_isa, wanted, monkeypatch):
+    """A query that sees one token learns nothing of it: what dp and its mean have in common must go, to the last bit."""
+    monkeypatch.setattr(cpp, "multiplies_bf16", lambda: True)
+    made = oracle.convert(make(6, 5, 3, 6, [38, 16], [[1, 0, 2, 1, 3, 1], [0, 1, 2, 0, 1, 0]]), torch.bfloat16)
+    if wanted != "all":
+        for leaf in oracle.leaves(made):
+            leaf.requires_grad_(False)
+        for values in made["values"][: 2 if wanted == "tokens" else 1]:
+            values.requires_grad_()
+    oracle.check(op("absorb", "cpp"), plain, made, torch.bfloat16)
+    if wanted == "all":
+        single = oracle.convert(make(4, 5, 3, 6, [38], [[1, 1, 1, 1]]), torch.bfloat16)
+        out = op("absorb", "cpp")(**single)
+        (grad,) = torch.autograd.grad(out.float().square().sum(), [single["w_q"]])
+        assert grad.abs().max() < 1e-3 * out.detach().float().square().sum()
+
+
 @pytest.mark.parametrize("why", ["odd width", "odd stride", "odd head", "float32 queries"])
 def test_what_no_pairs_can_be_made_of(why, monkeypatch):
     monkeypatch.setattr(cpp, "multiplies_bf16", lambda: True)

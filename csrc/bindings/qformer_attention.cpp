@@ -63,7 +63,7 @@ struct QformerCall {
     std::vector<TokenStream> tokens;
 
     QformerCall(const py::list& u, const py::list& values, const py::list& offsets, const py::list& masks,
-                const py::object& o_given, const py::object& lse_given, const py::object& drop, bool pairs) {
+                const py::object& o_given, const py::object& lse_given, const py::object& drop, bool pairs, bool parts) {
         const Tensor lse_tensor = tensor(lse_given, "lse");
         lse_tensor.require_shape({-1, -1, -1});
         const Sizes sizes = lse_tensor.shape();  // [H, B, Q]
@@ -82,6 +82,7 @@ struct QformerCall {
         shape = {sizes[1], sizes[0], sizes[2], o_tensor.shape()[3], shared};
         shape.drop = dropout_of(drop);
         shape.pairs = pairs;
+        shape.parts = parts;
         Bu = shared ? 1 : shape.B;
         for (std::size_t m = 0; m < values.size(); ++m) tokens.push_back(stream(m, values[m], offsets[m], masks[m]));
     }
@@ -122,14 +123,14 @@ u: [H, Bu, Q, C_m] each, Bu = 1 where all B items share them. c: [M, H, Bu, Q] o
 [H, B, Q, C_m] each, o [H, B, Q, E], mass [M, H, B, Q] and lse [H, B, Q]. Everything is contiguous but values, which only
 have their rows in one piece. drop: None, or below which of 2^24 a weight is dropped, what the others are multiplied with,
 and a seed. isa: "" for the widest instruction set of this processor. pairs: whether the products with tokens multiply
-numbers in bf16; then all values are bfloat16, with even widths and strides.)";
+numbers in bf16; then all values are bfloat16, with even widths and strides. parts: whether items are parts of others.)";
 
 void qformer_forward(const py::list& u, const py::object& c, const py::list& w, const py::list& values,
                      const py::list& offsets, const py::list& masks, const py::list& y, const py::object& o,
                      const py::object& mass, const py::object& lse, int threads, const std::string& isa,
-                     const py::object& drop, bool pairs) {
+                     const py::object& drop, bool pairs, bool parts) {
     const Isa path = resolve_isa(isa);
-    const QformerCall call(u, values, offsets, masks, o, lse, drop, pairs);
+    const QformerCall call(u, values, offsets, masks, o, lse, drop, pairs, parts);
     const PerStream queries{u, "u", call.by_query()}, weights{one_each(w, values.size(), "w"), "w", call.by_value()};
     const PerStream read{one_each(y, values.size(), "y"), "y", call.by_item()};
     const Stacked bias(c, "c", call.stacked(call.by_query())), masses(mass, "mass", call.stacked(call.by_item()));
@@ -151,9 +152,9 @@ void qformer_backward(const py::object& dout, const py::object& dmass, const py:
                       const py::list& w, const py::list& values, const py::list& offsets, const py::list& masks,
                       const py::list& y, const py::object& o, const py::object& mass, const py::object& lse,
                       const py::object& du, const py::object& dc, const py::list& dw, const py::list& dx,
-                      int threads, const std::string& isa, const py::object& drop, bool pairs) {
+                      int threads, const std::string& isa, const py::object& drop, bool pairs, bool parts) {
     const Isa path = resolve_isa(isa);
-    const QformerCall call(u, values, offsets, masks, o, lse, drop, pairs);
+    const QformerCall call(u, values, offsets, masks, o, lse, drop, pairs, parts);
     const std::size_t count = values.size();
     const Sizes by_item = call.by_item(), by_query = call.by_query();
     const PerStream queries{u, "u", by_query}, weights{one_each(w, count, "w"), "w", call.by_value()};
@@ -181,11 +182,13 @@ void qformer_backward(const py::object& dout, const py::object& dmass, const py:
 void bind_qformer_attention(py::module_& m) {
     m.def("qformer_attention_forward", &qformer_forward, py::arg("u"), py::arg("c"), py::arg("w"), py::arg("values"),
           py::arg("offsets"), py::arg("masks"), py::arg("y"), py::arg("o"), py::arg("mass"), py::arg("lse"),
-          py::arg("threads"), py::arg("isa") = "", py::arg("drop") = py::none(), py::arg("pairs") = false, kQformerForward);
+          py::arg("threads"), py::arg("isa") = "", py::arg("drop") = py::none(), py::arg("pairs") = false, py::arg("parts") = false,
+          kQformerForward);
     m.def("qformer_attention_backward", &qformer_backward, py::arg("dout"), py::arg("dmass"), py::arg("u"),
           py::arg("c"), py::arg("w"), py::arg("values"), py::arg("offsets"), py::arg("masks"), py::arg("y"),
           py::arg("o"), py::arg("mass"), py::arg("lse"), py::arg("du"), py::arg("dc"), py::arg("dw"), py::arg("dx"),
-          py::arg("threads"), py::arg("isa") = "", py::arg("drop") = py::none(), py::arg("pairs") = false, kQformerBackward);
+          py::arg("threads"), py::arg("isa") = "", py::arg("drop") = py::none(), py::arg("pairs") = false, py::arg("parts") = false,
+          kQformerBackward);
 }
 
 }  // namespace em3

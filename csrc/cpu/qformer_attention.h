@@ -47,6 +47,7 @@ struct Shape {
   bool shared_u;  // u and c have no item dimension: Bu = 1, else Bu = B
   Dropout drop = {};  // y and mass take p times the factor of its place
   bool pairs = false;  // only where every stream is stored in bf16 with an even C and even strides
+  bool parts = false;  // items are parts of others, whose y is not theirs
   std::int64_t K() const { return H * Q; }
 };
 
@@ -64,7 +65,7 @@ struct BackwardStream {
   const float* u;
   const float* c;
   const float* w;
-  const float* y;      // [H, B, Q, C], read only with dw
+  const float* y;      // [H, B, Q, C], read only with dw or pairs
   const float* mass;   // [H, B, Q], read only with dmass
   const float* dmass;  // [H, B, Q], null = 0
   float* du;           // [H, Bu, Q, C], null = not wanted

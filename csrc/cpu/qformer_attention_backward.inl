@@ -223,6 +223,24 @@ static void pack_item(const BackwardJob& job, BackwardState& st, int m) {
   if (joined) join_halves(job.shape, u, C, st.joined_u[m]);
 }
 
+// dy . y of every row, with dy as the products with tokens have it: in a short item that is what dp must cancel with, and of
+// a single token to the last bit. dout . o is as near for long ones only.
+static void add_rounded_delta(const BackwardJob& job, BackwardState& st, int m, int64_t b) {
+  const Shape& shape = job.shape;
+  const int64_t Q = shape.Q, C = job.streams[m].tokens.C;
+  const float* const* const dy = as_read(shape, st.halves, st.dy[m], C);
+  for (int64_t r = 0; r < shape.K(); ++r) {
+    const auto* const half = reinterpret_cast<const Half*>(dy[r]);
+    const float* const y = job.streams[m].y + ((r / Q * shape.B + b) * Q + r % Q) * C;
+    V sums = zero();
+    int64_t c = 0;
+    for (; c + kVec <= C; c += kVec) sums = fma(load_bf16(reinterpret_cast<const uint16_t*>(half + c)), load(y + c), sums);
+    float tail = 0.0f;
+    for (; c < C; ++c) tail += bf16_value(half[c]) * y[c];
+    st.delta[r] += sum(sums) + tail;
+  }
+}
+
 // delta, the rows of dy and everything else that belongs to item b alone. first: the item that dy_rows begin with.
 static void prepare_item(const BackwardJob& job, BackwardState& st, int64_t b, int64_t first, int64_t items,
                          const Tokens* tokens) {
@@ -234,9 +252,13 @@ static void prepare_item(const BackwardJob& job, BackwardState& st, int64_t b, i
     st.lse[r] = st.lse[r] == -INFINITY ? 0.0f : st.lse[r];
     st.delta[r] = dot(job.dout + at, job.o + at, E);
   }
+  bool rounded = shape.pairs && !shape.parts;
+  for (int m = 0; m < job.M; ++m) rounded = rounded && wanted(job.streams[m]);  // of the others dy is not there
+  if (rounded) fill(st.delta, K, 0.0f);
   for (int m = 0; m < job.M; ++m) {
     const BackwardStream& s = job.streams[m];
     row_table<const float>(st.dy_rows[m], items, b - first, H, Q, round_up(s.tokens.C, kVec), st.dy[m]);
+    if (rounded) add_rounded_delta(job, st, m, b);
     gather_rows(s.dmass, B, b, H, Q, st.shift[m]);
     if (s.dmass == nullptr) continue;
     gather_rows(s.mass, B, b, H, Q, st.row);

@@ -260,6 +260,13 @@ EM3_INLINE uint32_t bf16_bits(float x) {
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
+EM3_INLINE float bf16_value(uint32_t bits) {
+  bits <<= 16;
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
 EM3_INLINE Pair pair_of(uint32_t first, uint32_t second) {
   const uint32_t bits = first | second << 16;
   Pair pair;

@@ -33,6 +33,8 @@ def backward(model: nn.Module, batch: Batch, read: Callable[[Tensor], Any] | Non
         size: rows of the batch, and distinct items, whose activations are there at a time.
     """
     inner: Any = getattr(model, "model", model)
+    if read is None and isinstance(inner, EM3) and not inner.caches_history:
+        raise ValueError("read: was None, must give the tokens of items for a model with history='full'")
     content = torch.empty(0, 0)
     contrast: Tensor | None = None
     parts: list[Tensor] = []
@@ -47,7 +49,7 @@ def backward(model: nn.Module, batch: Batch, read: Callable[[Tensor], Any] | Non
         with torch.no_grad():
             made = []
             for items in parts:
-                states.append(torch.get_rng_state())
+                states.append(_random_state(inner.bank.device))
                 made.append(computed(items))
         content = torch.cat(made).requires_grad_()
         if inner.contrast is not None:
@@ -64,11 +66,19 @@ def backward(model: nn.Module, batch: Batch, read: Callable[[Tensor], Any] | Non
     ranking = torch.stack(each).sum()
     if isinstance(inner, EM3) and content.grad is not None:
         for items, state, gradient in zip(parts, states, content.grad.split(size), strict=True):
-            with torch.random.fork_rng(devices=[]):
-                torch.set_rng_state(state)
+            device = inner.bank.device
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                torch.set_rng_state(state[0])
+                if device.type == "cuda":
+                    torch.cuda.set_rng_state(state[1], device)
                 again = computed(items)
                 if again.requires_grad:  # frozen features may have nothing to train
                     again.backward(gradient)
     if contrast is None:
         return Losses(ranking, ranking, ranking.new_zeros(()), content.detach())
     return Losses(ranking + inner.contrast_weight * contrast, ranking, contrast, content.detach())
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    """Of the CPU, and of the GPU that the model is on."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]

@@ -86,6 +86,12 @@ def test_encoders_that_are_trained(seed):
     same(gradients(model), expected, rtol=1e-9, atol=1e-12)
 
 
+def test_a_history_with_gradient_needs_tokens(seed):
+    case = Case(seed, history="full")
+    with pytest.raises(ValueError, match="read: was None, must give the tokens"):
+        micro_batch.backward(case.model, case.batch, None, 5)
+
+
 def test_a_ranker_alone(seed):
     case = Case(seed)
     model = IDOnly(DIN(*case.batches.num_ids, dim=4, hidden=(5,), dropout=0.0)).double()

@@ -27,9 +27,10 @@ class How(NamedTuple):
 
     drop: Dropout | None
     pairs: bool  # whether products with tokens multiply numbers in bf16
+    parts: bool = False  # whether items are parts of others
 
-    def arguments(self) -> tuple[int, str, tuple[int, float, int] | None, bool]:
-        return torch.get_num_threads(), cpp.isa, _parts.drawn(self.drop), self.pairs
+    def arguments(self) -> tuple[int, str, tuple[int, float, int] | None, bool, bool]:
+        return torch.get_num_threads(), cpp.isa, _parts.drawn(self.drop), self.pairs, self.parts
 
 
 def in_pairs(u: list[Tensor], w: list[Tensor], values: list[Tensor]) -> bool:
@@ -37,8 +38,8 @@ def in_pairs(u: list[Tensor], w: list[Tensor], values: list[Tensor]) -> bool:
     these. What is rounded on the way (the weights of the softmax, gradients) adds an error of the size of the output's own.
 
     Times as fast as the same call in float32, forward and backward on Zen 4, one thread (processor time while other work
-    ran), B=16, N=256, C=D=512, H=8, tokens frozen: 1.53 at Q=4, 1.55 at Q=8, 1.62 at Q=16, 1.66 at Q=32; C=D=768, H=12,
-    Q=8: 1.60; N=100: 1.48. With a gradient to the tokens, which is written in float32 first: 1.34. Without pairs: 1.0.
+    ran), B=16, N=256, C=D=512, H=8, tokens frozen: 1.53 to 1.58 at Q=4, 1.55 at Q=8, 1.62 at Q=16, 1.45 to 1.66 at Q=32;
+    C=D=768, H=12, Q=8: 1.60; N=100: 1.48 to 1.55. With a gradient to the tokens 1.34 to 1.52. Without pairs: 1.0.
     """
     even = all(x.shape[-1] % 2 == 0 and all(stride % 2 == 0 for stride in x.stride()[:-1]) for x in values)
     even = even and w[0].shape[1] % 2 == 0
@@ -123,6 +124,7 @@ def _backward(dout: Tensor, dmass: Tensor | None, u: list[Tensor], c: Tensor | N
     dout, o, lse = (t.repeat_interleave(parts, 1) for t in (dout, o, lse))
     mass, dmass = mass.repeat_interleave(parts, 2), None if dmass is None else dmass.repeat_interleave(parts, 2)
     y = [_parts.first(t, parts) for t in y]
+    need = (need_u, need_w, need_values, how._replace(parts=True))
     du, dc, dw, dx = _whole_backward(dout, dmass, u, c, w, values, offsets, masks, y, o, mass, lse, *need)
     if u[0].shape[1] > 1:
         du, dc = [t.unflatten(1, (batch, parts)).sum(2) for t in du], dc.unflatten(2, (batch, parts)).sum(3)
