@@ -76,6 +76,8 @@ def lora_target_attention(target: Tensor, history: Any, bank: Tensor, w_q: Tenso
     adapted by LoRA (Hu et al., arXiv 2106.09685) as in EM3 (arXiv 2404.06078); the k best of a long history as in SIM
     (Pi et al., arXiv 2006.05639).
     """
+    if not isinstance(bank, Tensor):
+        raise ValueError(f"bank: was {type(bank).__name__}, must be a tensor [n, C]; of a ContentBank give its rows")
     ids, offsets, batch = _parse(history)
     loras = [_parse_lora(lora, name) for lora, name in ((lora_k, "lora_k"), (lora_v, "lora_v"))]
     target, w_q, w_k, w_v, w_o, *low = _checks.autocast(

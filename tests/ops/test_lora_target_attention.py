@@ -487,3 +487,9 @@ def test_a_bank_row_that_is_named_behind_the_last_user_only_reaches_nobody(strat
     out = em3.ops.lora_target_attention(target, history, bank, *weights, num_heads=2, strategy=strategy, backend=backend)
     for result in (out, *torch.autograd.grad(out.sum(), [target, *weights])):
         assert result.isfinite().all()
+
+
+def test_a_bank_that_is_no_tensor_is_told_apart():
+    made = make(3, 2, 4, 8, 10, [2, 1, 0])
+    with pytest.raises(ValueError, match=r"bank: was object, must be a tensor \[n, C\]; of a ContentBank give its rows"):
+        op("absorb", "torch")(**made | {"bank": object()})
