@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+TESTS = ("tests/test_cpu_kernels.py", "tests/test_cpu_kernels_direct.py")
 FOLDERS = ("em3", "csrc", "kernels", "benchmarks", "tests")
 # Of each: what is compiled in, the library that must be loaded first, its options, the tests.
 SANITIZERS = {
@@ -57,7 +58,7 @@ def run(name: str, folder: Path) -> int:
     suppressions = folder / "suppressions"
     suppressions.write_text("\n".join(FOREIGN))
     options = {key: value.format(suppressions=suppressions) for key, value in options.items()}
-    words = [sys.executable, "-m", "pytest", "tests/test_cpu_kernels.py", "-q", "-x", "--capture=sys", "-p", "no:cacheprovider"]
+    words = [sys.executable, "-m", "pytest", *TESTS, "-q", "-x", "--capture=sys", "-p", "no:cacheprovider"]
     # The sanitizers' memory map does not survive what newer kernels make of the layout of a process.
     words = ["setarch", platform.machine(), "-R", *words, "-k", tests]
     return subprocess.run(words, cwd=folder, env=environment | options | {"LD_PRELOAD": " ".join(preload)}).returncode

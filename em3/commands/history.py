@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from .progress import Progress, complaints
+from .training import prepare_to_train
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,17 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     with complaints():
-        import torch
-
         from ..train import config as configs
-        from ..train.allocator import keep_freed_memory
         from ..train.history import measure
 
-        keep_freed_memory()
-        if args.threads is not None:
-            if args.threads < 1:
-                raise configs.ConfigError(f"--threads: was {args.threads}, must be at least 1")
-            torch.set_num_threads(args.threads)
+        prepare_to_train(args.threads)
         if args.memory is not None and not args.memory > 0:
             raise configs.ConfigError(f"--memory: was {args.memory}, must be above 0")
         try:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from .progress import Progress, complaints
+from .training import prepare_to_train
 
 OUT = Path("runs")
 
@@ -24,17 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     with complaints():
-        import torch
-
         from ..train import config as configs
-        from ..train.allocator import keep_freed_memory
         from ..train.run import CONFIG, Run
 
-        keep_freed_memory()
-        if args.threads is not None:
-            if args.threads < 1:
-                raise configs.ConfigError(f"--threads: was {args.threads}, must be at least 1")
-            torch.set_num_threads(args.threads)
+        prepare_to_train(args.threads)
         if args.resume:
             if args.data or args.posters or args.out or args.config or args.settings:
                 raise configs.ConfigError("--resume: goes on with the run's own configuration, so it takes no settings")
