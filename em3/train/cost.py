@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .run import Run
 
 ROUNDS, WARM, MEMORY_STEPS = 15, 3, 8
+REFRESHES = 3
 CLEAR = Path("/proc/self/clear_refs")  # Linux's
 
 
@@ -35,14 +36,14 @@ def measure_costs(run: Run, progress: Callable[[int, int], None]) -> dict[str, d
 
 
 def step_costs(trainings: dict[str, Training], progress: Callable[[int, int], None]) -> dict[str, dict[str, Any]]:
-    """The time of a step of each training, all in turns in this process."""
+    """The time of a step of each training, all in turns in this process, with its share of the bank's refreshes."""
     times: dict[str, list[float]] = {name: [] for name in trainings}
     for turn in range(WARM + ROUNDS):
         for name, training in trainings.items():
             batch = next(training.epoch(turn))
             if turn == 0 and training.read is not None:
                 training.model.refresh(training.read)  # type: ignore[operator]
-            training.state.step = 1  # a step that refreshes the whole bank is not the usual one
+            training.state.step = 1  # without a refresh of the bank, whose share is added below
             start = time.perf_counter()
             training.step(batch)
             if turn >= WARM:
@@ -50,13 +51,21 @@ def step_costs(trainings: dict[str, Training], progress: Callable[[int, int], No
         progress(turn + 1, WARM + ROUNDS)
     costs: dict[str, dict[str, Any]] = {}
     for name, training in trainings.items():
-        p20, p50, p80 = np.percentile(times[name], [20, 50, 80])
+        p20, p50, p80 = np.percentile(times[name], [20, 50, 80]) + refresh_share(training) * 1e-3
         costs[name] = {
             "step_ms_p20": p20 * 1e3, "step_ms": p50 * 1e3, "step_ms_p80": p80 * 1e3,
             # An epoch may have fewer rows than a batch.
             "samples_per_s": min(training.config.batch_size, len(training.rows["train"])) / p50,
         }  # fmt: skip
     return costs
+
+
+def refresh_share(training: Training) -> float:
+    """Milliseconds of a step that are its share of the bank's refreshes; 0 where there are none."""
+    model: Any = training.model
+    if training.read is None or not model.caches_history:
+        return 0.0
+    return _median_ms(lambda: model.refresh(training.read), warm=1, rounds=REFRESHES) / training.config.refresh_every
 
 
 def parts(training: Training, run: Run) -> dict[str, float]:
@@ -87,16 +96,17 @@ def parts(training: Training, run: Run) -> dict[str, float]:
         "optimizer": training.optimizer.step,
         **({"bank": lambda: model.write_back(batch, content)} if model.caches_history else {}),
     }
-    return {name: _median_ms(call) for name, call in calls.items()}
+    found = {name: _median_ms(call) for name, call in calls.items()}
+    return found | ({"refresh": refresh_share(training)} if model.caches_history else {})
 
 
-def _median_ms(call: Callable[[], Any]) -> float:
+def _median_ms(call: Callable[[], Any], warm: int = WARM, rounds: int = ROUNDS) -> float:
     times = []
-    for _ in range(WARM + ROUNDS):
+    for _ in range(warm + rounds):
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
-    return float(np.median(times[WARM:]) * 1e3)
+    return float(np.median(times[warm:]) * 1e3)
 
 
 def peak_memory(folder: Path, arm: str) -> float | None:

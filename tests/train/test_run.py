@@ -49,7 +49,7 @@ def test_what_a_run_leaves(executed: tuple[Run, Path]) -> None:
     cost = json.loads((folder / "costs.json").read_text())["em3"]
     assert 0 < cost["step_ms_p20"] <= cost["step_ms"] <= cost["step_ms_p80"]
     assert cost["samples_per_s"] == pytest.approx(64e3 / cost["step_ms"])
-    assert set(cost["parts_ms"]) == {"tokens", "Fusion-Q-Former", "history", "ranker", "contrast", "optimizer", "bank"}
+    assert set(cost["parts_ms"]) == {"tokens", "Fusion-Q-Former", "history", "ranker", "contrast", "optimizer", "bank", "refresh"}
     assert cost["peak_memory_mib"] is None or cost["peak_memory_mib"] >= 0
     summary = RunSummary.from_dict(json.loads((folder / "summary.json").read_text()))
     assert summary.command == "em3 train 'it'\"'\"'s'"

@@ -142,7 +142,8 @@ def _cost(arms: Sequence[Arm]) -> str:
     rows = "".join(frame.row(name, _cost_cells(cost, base), _kind(name)) for name, cost in costs.items())
     return (
         frame.title("Cost of training")
-        + '<p class="note">Step times are medians of wall time with their 20th and 80th percentiles.</p>'
+        + '<p class="note">Step times are medians of wall time with their 20th and 80th percentiles; a refresh of the '
+        "whole bank is spread over the steps between two.</p>"
         + frame.table(f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>", "cost of each arm")
         + "".join(_parts(name, cost) for name, cost in costs.items() if cost.parts_ms)
     )
