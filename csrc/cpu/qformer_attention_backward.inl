@@ -6,7 +6,7 @@ struct BackwardState {
   TileScratch tiles;
   Halves halves;
   float** dx;                        // [tokens] rows
-  float* w;                          // [tokens, 2 * block]: s then ds on the left, dp then p on the right
+  float* w;                          // [tokens, 2 * block]: s then ds on the left, dp then p on the right; see Weights
   const float** pair;                // [2 * kBlock] rows of u, then of dy
   float* w_rounded;                  // [tokens, block]: ds, then p, in bf16
   float* joined_u[kMaxStreams];      // [(K + 1) / 2, C]: rows 2 i and 2 i + 1 of u as pairs, for dx
@@ -80,7 +80,28 @@ static BackwardState backward_state(const BackwardJob& job, Arena& arena) {
   return st;
 }
 
-// w holds s and dp of a block; leaves ds and p, and adds ds to dc.
+// How w lies: the numbers of a token are `ld` floats behind those of the one before, dp is `second` floats behind s. With few
+// rows (narrow_width) all of s comes before all of dp.
+struct Weights {
+  int64_t ld, second;
+};
+
+// w holds s and dp of few rows; leaves ds and p, and adds ds to dc.
+static void gradient_narrow(BackwardState& st, int m, int64_t floats, const Weights& at) {
+  const V offset = load(st.bias[m]) - load(st.lse), shift = load(st.shift[m]);
+  V total = zero();
+  for (int64_t i = 0; i < floats; i += kVec) {
+    float* const w = st.w + i;
+    const V p = vexp(load(w) + offset);
+    const V ds = p * (load(w + at.second) + shift);
+    store(w, ds);
+    store(w + at.second, p);
+    total = total + ds;
+  }
+  store(st.dc[m], load(st.dc[m]) + fold_sum(total, at.ld));
+}
+
+// The same of a block, a vector of rows after the other.
 static void gradient_block(BackwardState& st, int m, int64_t r0, int64_t n, int64_t width) {
   for (int64_t v = 0; v < width; v += kVec) {
     float* w = st.w + v;
@@ -130,14 +151,15 @@ static void score_block(const BackwardJob& job, BackwardState& st, int m, const 
 }
 
 // What a block's rows add to dx.
-static void token_gradient(const BackwardJob& job, BackwardState& st, int m, int64_t r0, int64_t width, int64_t rows) {
+static void token_gradient(const BackwardJob& job, BackwardState& st, int m, int64_t r0, int64_t width, int64_t rows,
+                           const Weights& at) {
   const int64_t C = job.streams[m].tokens.C, n = st.tiles.tile.n;
   if (!job.shape.pairs) {
     for (int64_t r = 0; r < rows; ++r) {
       st.pair[r] = st.u[m][r0 + r];
       st.pair[rows + r] = st.dy[m][r0 + r];
     }
-    return outer({st.w, 2 * width, width, rows, st.pair, st.dx, r0 != 0}, n, C);
+    return outer({st.w, at.ld, at.second, rows, st.pair, st.dx, r0 != 0}, n, C);
   }
   round_row(st.w, n * 2 * width, reinterpret_cast<Half*>(st.w_rounded));
   const int64_t depth = (rows + 1) / 2;
@@ -151,7 +173,7 @@ static void token_gradient(const BackwardJob& job, BackwardState& st, int m, int
 static void backward_tile(const BackwardJob& job, BackwardState& st, int m, const Tokens& tokens) {
   const BackwardStream& s = job.streams[m];
   Tile& tile = st.tiles.tile;
-  const int64_t K = job.shape.K(), padded = round_up(K, kVec), C = s.tokens.C;
+  const int64_t K = job.shape.K(), padded = round_up(K, kVec), C = s.tokens.C, narrow = narrow_width(job.shape);
   if (job.shape.pairs && s.du != nullptr) join_tokens(tile, C, st.tiles.joined);
   const float* packed_u = job.shape.shared_u ? job.packed_u[m] : st.packed_u[m];
   if (s.dx != nullptr) {
@@ -159,28 +181,33 @@ static void backward_tile(const BackwardJob& job, BackwardState& st, int m, cons
   }
   for (int64_t r0 = 0; r0 < K; r0 += kBlock) {
     const int64_t width = smaller(kBlock, padded - r0), rows = smaller(kBlock, K - r0);
+    const int64_t scored = round_up(tile.n * narrow, kVec);
+    const Weights at = narrow != 0 ? Weights{narrow, scored} : Weights{2 * width, width};
     if (few(job.shape)) {
-      if (K < width) fill(st.w, tile.n * 2 * width, 0.0f);
-      dots({tile.rows, st.u[m], C, st.w, 2 * width, !tile.copied}, tile.n, K);
-      dots({tile.rows, st.dy[m], C, st.w + width, 2 * width, false}, tile.n, K);
+      if (narrow == 0 && K < width) fill(st.w, tile.n * 2 * width, 0.0f);
+      for (int64_t i = tile.n * narrow; i < scored; ++i) st.w[i] = kLowest, st.w[scored + i] = 0.0f;
+      dots({tile.rows, st.u[m], C, st.w, at.ld, !tile.copied}, tile.n, K);
+      dots({tile.rows, st.dy[m], C, st.w + at.second, at.ld, false}, tile.n, K);
     } else if (job.shape.pairs) {
       score_block<true>(job, st, m, packed_u, r0, width);
     } else {
       score_block<false>(job, st, m, packed_u, r0, width);
     }
-    if (tokens.bias != nullptr) add_bias(job.shape, tokens, tile, r0, rows, st.w, 2 * width);
-    if (job.shape.drop.threshold > 0) {
+    if (tokens.bias != nullptr) add_bias(job.shape, tokens, tile, r0, rows, st.w, at.ld);
+    if (narrow != 0) {
+      gradient_narrow(st, m, scored, at);
+    } else if (job.shape.drop.threshold > 0) {
       gradient_block(job.shape.drop, st, m, tokens.first, r0, width);
     } else {
       gradient_block(st, m, r0, tile.n, width);
     }
     if (s.dbias != nullptr) {
-      add_to_bias(job.shape, tile, r0, rows, st.w, 2 * width, s.dbias + tokens.first * job.shape.H);
+      add_to_bias(job.shape, tile, r0, rows, st.w, at.ld, s.dbias + tokens.first * job.shape.H);
     }
-    if (s.dx != nullptr) token_gradient(job, st, m, r0, width, rows);
+    if (s.dx != nullptr) token_gradient(job, st, m, r0, width, rows, at);
     if (s.du == nullptr) continue;
     const Ahead ahead = r0 == 0 ? tile.ahead : Ahead{};
-    Update g{st.w, 2 * width, tile.n, tile.rows, st.du[m] + r0, nullptr, nullptr, st.touched[m], nullptr, {}};
+    Update g{st.w, at.ld, tile.n, tile.rows, st.du[m] + r0, nullptr, nullptr, st.touched[m], nullptr, {}};
     if (job.shape.pairs) {
       join_floats(st.w, tile.n, 2 * width, width, st.w);
       g.k = (tile.n + 1) / 2;
@@ -246,12 +273,14 @@ static void prepare_item(const BackwardJob& job, BackwardState& st, int64_t b, i
                          const Tokens* tokens) {
   const Shape& shape = job.shape;
   const int64_t B = shape.B, H = shape.H, Q = shape.Q, K = shape.K(), E = shape.E;
+  const int64_t narrow = narrow_width(shape);
   gather_rows(job.lse, B, b, H, Q, st.lse);
   for (int64_t r = 0; r < K; ++r) {
     const int64_t at = ((r / Q * B + b) * Q + r % Q) * E;
     st.lse[r] = st.lse[r] == -INFINITY ? 0.0f : st.lse[r];
     st.delta[r] = dot(job.dout + at, job.o + at, E);
   }
+  if (narrow != 0) repeat(st.lse, narrow);
   bool rounded = shape.pairs && !shape.parts;
   for (int m = 0; m < job.M; ++m) rounded = rounded && wanted(job.streams[m]);  // of the others dy is not there
   if (rounded) fill(st.delta, K, 0.0f);
@@ -271,6 +300,9 @@ static void prepare_item(const BackwardJob& job, BackwardState& st, int64_t b, i
     if (tokens[m].present == 0 || !wanted(s)) continue;
     if (!few(shape)) pack_item(job, st, m);
     if (!shape.shared_u) gather_rows(s.c, B, b, H, Q, st.bias[m]);
+    if (narrow == 0) continue;
+    repeat(st.shift[m], narrow);
+    repeat(st.bias[m], narrow);
   }
 }
 

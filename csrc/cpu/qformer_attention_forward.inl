@@ -48,14 +48,16 @@ static ForwardState forward_state(const ForwardJob& job, Arena& arena) {
   return st;
 }
 
-// s[n, ld] -> exp(s + bias - reference), with the sums brought up to date. r0: the block's first row.
-static void softmax_block(ForwardState& st, int M, int m, int64_t r0, int64_t n, int64_t ld) {
+// s[n, ld] -> exp(s + bias - reference), with the sums brought up to date. r0: the block's first row. narrow: vectors are of
+// several tokens (narrow_width), n counts them and ld is kVec.
+static void softmax_block(ForwardState& st, int M, int m, int64_t r0, int64_t n, int64_t ld, int64_t narrow) {
   for (int64_t v = 0; v < ld; v += kVec) {
     float* s = st.s + v;
     const int64_t r = r0 + v;
     const V bias = load(st.bias[m] + r), old = load(st.reference + r);
     V top = splat(kLowest);
     for (int64_t t = 0; t < n; ++t) top = vmax(top, load(s + t * ld) + bias);
+    if (narrow != 0) top = fold_max(top, narrow);
     V now = old;
     if (any_greater(top, old + splat(kSlack))) {
       now = where_greater(top, old + splat(kSlack), top, old);
@@ -74,6 +76,7 @@ static void softmax_block(ForwardState& st, int M, int m, int64_t r0, int64_t n,
       store(s + t * ld, p);
       sum = sum + p;
     }
+    if (narrow != 0) sum = fold_sum(sum, narrow);
     store(st.sum[m] + r, load(st.sum[m] + r) + sum);
   }
 }
@@ -103,12 +106,14 @@ static void forward_tile(const ForwardJob& job, ForwardState& st, int m, const T
   Tile& tile = st.tiles.tile;
   const int64_t K = job.shape.K(), padded = round_up(K, kVec), C = job.streams[m].tokens.C;
   const bool pairs = job.shape.pairs;
+  const int64_t narrow = narrow_width(job.shape);
   if (pairs) join_tokens(tile, C, st.tiles.joined);
   const float* packed = job.shape.shared_u ? job.packed_u[m] : st.packed[m];
   for (int64_t r0 = 0; r0 < K; r0 += kBlock) {
-    const int64_t ld = smaller(kBlock, padded - r0);
+    const int64_t ld = narrow != 0 ? narrow : smaller(kBlock, padded - r0), scored = round_up(tile.n * ld, kVec);
     if (few(job.shape)) {
-      if (K < ld) fill(st.s, tile.n * ld, 0.0f);
+      if (round_up(K, 4) < ld) fill(st.s, tile.n * ld, 0.0f);
+      for (int64_t i = tile.n * ld; i < scored; ++i) st.s[i] = kLowest;
       dots({tile.rows, st.u[m], C, st.s, ld, !tile.copied}, tile.n, K);
     } else if (pairs) {
       scores<true>({tile.x, tile.stride, packed + r0 * C / 2, C / 2, st.s, ld}, tile.n, ld);
@@ -116,7 +121,11 @@ static void forward_tile(const ForwardJob& job, ForwardState& st, int m, const T
       scores({tile.x, tile.stride, packed + r0 * C, C, st.s, ld}, tile.n, ld);
     }
     if (tokens.bias != nullptr) add_bias(job.shape, tokens, tile, r0, smaller(kBlock, K - r0), st.s, ld);
-    softmax_block(st, job.M, m, r0, tile.n, ld);
+    if (narrow != 0) {
+      softmax_block(st, job.M, m, r0, scored / kVec, kVec, narrow);
+    } else {
+      softmax_block(st, job.M, m, r0, tile.n, ld, 0);
+    }
     if (job.shape.drop.threshold > 0) drop_block(job.shape.drop, st, m, tokens.first, r0, ld);
     if (last) invert_sums(st, job.M, r0, ld);
     // The same rows of the next item.
@@ -171,7 +180,7 @@ static void finish_statistics(const ForwardJob& job, ForwardState& st, int64_t b
 
 static void forward_item(const ForwardJob& job, ForwardState& st, int64_t b) {
   const Shape& shape = job.shape;
-  const int64_t K = shape.K(), padded = round_up(K, kVec);
+  const int64_t K = shape.K(), padded = round_up(K, kVec), narrow = narrow_width(shape);
   Tokens tokens[kMaxStreams];
   bool touched[kMaxStreams];
   int last_stream = -1;
@@ -193,6 +202,7 @@ static void forward_item(const ForwardJob& job, ForwardState& st, int64_t b) {
       pack_transposed(u, K, width_of(shape, s.tokens.C), st.packed[m]);
     }
     gather_rows(s.c, shape.B, b, shape.H, shape.Q, st.bias[m]);
+    if (narrow != 0) repeat(st.bias[m], narrow);
   }
   for (int m = 0; m < job.M; ++m) {
     const int64_t limit = tile_limit(tokens[m].C), tiles = (tokens[m].present + limit - 1) / limit;
@@ -247,6 +257,7 @@ static void forward_items(const ForwardJob& job, int64_t begin, int64_t end, flo
     fill(st.bias[m], round_up(shape.K(), kVec), 0.0f);
     if (!shape.shared_u) continue;
     gather_rows(job.streams[m].c, 1, 0, shape.H, shape.Q, st.bias[m]);
+    if (narrow_width(shape) != 0) repeat(st.bias[m], narrow_width(shape));
     row_table(job.streams[m].u, 1, 0, shape.H, shape.Q, job.streams[m].tokens.C, st.u[m]);
   }
   const int64_t together = items_together(shape, job.streams, job.M);

@@ -155,14 +155,46 @@ EM3_INLINE float sum(V v) {
   return lanes[0];
 }
 
-// p[0..3] = the sums of a, b, c and d.
-#if EM3_ISA >= 1
-EM3_INLINE __m256 halved(__m256 v) { return v; }
+// v with every block of `width` floats, 4 or more, where its neighbour was.
 #if EM3_ISA >= 2
-EM3_INLINE __m256 halved(V v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
+EM3_INLINE V swapped(V v, int width) {
+  return width == 8 ? _mm512_shuffle_f32x4(v, v, 0x4e) : _mm512_shuffle_f32x4(v, v, 0xb1);
+}
+#elif EM3_ISA == 1
+EM3_INLINE V swapped(V v, int) { return _mm256_permute2f128_ps(v, v, 1); }
+#else
+EM3_INLINE V swapped(V v, int) { return v; }  // four floats have no such blocks
 #endif
+
+// p[0..3] = the sums of a, b, c and d.
+#if EM3_ISA >= 2
+// In each block of four lanes the sums of those lanes of a, of b, of c and of d.
+EM3_INLINE V sums_by_block(V a, V b, V c, V d) {
+  const __m512d left = _mm512_castps_pd(_mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b));
+  const __m512d right = _mm512_castps_pd(_mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d));
+  return _mm512_castpd_ps(_mm512_unpacklo_pd(left, right)) + _mm512_castpd_ps(_mm512_unpackhi_pd(left, right));
+}
 EM3_INLINE void store_sums(float* p, V a, V b, V c, V d) {
-  const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(halved(a), halved(b)), _mm256_hadd_ps(halved(c), halved(d)));
+  const V s = sums_by_block(a, b, c, d);
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(s), _mm512_extractf32x8_ps(s, 1));
+  _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
+// The same four times, ld floats apart: half the instructions of one after the other.
+EM3_INLINE void store_sums(float* p, int64_t ld, const V (&v)[4][4]) {
+  const V s0 = sums_by_block(v[0][0], v[0][1], v[0][2], v[0][3]), s1 = sums_by_block(v[1][0], v[1][1], v[1][2], v[1][3]);
+  const V s2 = sums_by_block(v[2][0], v[2][1], v[2][2], v[2][3]), s3 = sums_by_block(v[3][0], v[3][1], v[3][2], v[3][3]);
+  const V left = _mm512_shuffle_f32x4(s0, s1, 0x44) + _mm512_shuffle_f32x4(s0, s1, 0xee);
+  const V right = _mm512_shuffle_f32x4(s2, s3, 0x44) + _mm512_shuffle_f32x4(s2, s3, 0xee);
+  const V sums = _mm512_shuffle_f32x4(left, right, 0x88) + _mm512_shuffle_f32x4(left, right, 0xdd);
+  if (ld == 4) return store(p, sums);
+  _mm_storeu_ps(p, _mm512_castps512_ps128(sums));
+  _mm_storeu_ps(p + ld, _mm512_extractf32x4_ps(sums, 1));
+  _mm_storeu_ps(p + 2 * ld, _mm512_extractf32x4_ps(sums, 2));
+  _mm_storeu_ps(p + 3 * ld, _mm512_extractf32x4_ps(sums, 3));
+}
+#elif EM3_ISA == 1
+EM3_INLINE void store_sums(float* p, V a, V b, V c, V d) {
+  const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
   _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
 }
 #else

@@ -125,7 +125,12 @@ EM3_NOINLINE static void dots_tile(const Dots& g, int64_t t, int64_t r) {
       for (int j = 0; j < N; ++j) acc[j][i] = fma(uv, load_part(x[j] + k, tail), acc[j][i]);
     }
   }
-  for (int j = 0; j < N; ++j) store_sums(g.c + (t + j) * g.ldc + r, acc[j][0], acc[j][1], acc[j][2], acc[j][3]);
+  float* const c = g.c + t * g.ldc + r;
+  if constexpr (kVec == 16 && N == 4) {
+    store_sums(c, g.ldc, acc);
+  } else {
+    for (int j = 0; j < N; ++j) store_sums(c + j * g.ldc, acc[j][0], acc[j][1], acc[j][2], acc[j][3]);
+  }
 }
 
 template <int M>
