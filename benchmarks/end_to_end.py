@@ -79,7 +79,7 @@ def build(arm: str, setting: Setting) -> nn.Module:
         return ranker
     fusion = FusionQFormer([width for _, width in MODALITIES[: setting.modalities]], of.dim, num_queries=of.num_queries,
                            num_layers=of.num_layers, num_heads=of.num_heads, out_dim=of.content_dim,
-                           mean_residual=True)  # fmt: skip
+                           ffn_dim=of.ffn_dim, mean_residual=True)  # fmt: skip
     return EM3(ranker, fusion, num_items=ITEMS, content_dim=of.content_dim, num_heads=of.num_heads, rank=of.rank,
                id_dim=of.id_dim, contrast_weight=of.contrast_weight, contrast_gradient=of.contrast_gradient)  # fmt: skip
 

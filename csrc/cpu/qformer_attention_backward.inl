@@ -391,7 +391,8 @@ static void weigh(const BackwardJob& job, BackwardState& st, int m, int64_t begi
     for (int64_t i = 0; i < rows; i += kWeighed) {
       const int64_t first = (h * shape.B + begin) * shape.Q + i, n = smaller(kWeighed, rows - i);
       const float *y = job.streams[m].y + first * C, *dout = job.dout + first * E;
-      const int64_t depth = shape.pairs ? (n + 1) / 2 : n;
+      const int64_t depth = shape.pairs ? (n + 1) / 2 : n, row = C * static_cast<int64_t>(sizeof(float));
+      const Ahead next{reinterpret_cast<uintptr_t>(y + n * C), row, smaller(kWeighed, rows - i - n), sizeof(float)};
       if (shape.pairs) {
         join_floats(y, n, C, C, st.y_joined);
         join_floats(dout, n, E, E, st.dout);
@@ -402,9 +403,9 @@ static void weigh(const BackwardJob& job, BackwardState& st, int m, int64_t begi
       pack_panels(y, depth, C, st.y_packed);
       const Update g{dout, E, depth, st.y_rows, st.dw_rows, nullptr, nullptr, i > 0, st.y_packed, {}};
       if (shape.pairs) {
-        update<true>(g, E, C, Ahead{});
+        update<true>(g, E, C, next);
       } else {
-        update(g, E, C, Ahead{});
+        update(g, E, C, next);
       }
     }
   }

@@ -17,6 +17,7 @@
 // side by side, and what they share stays in the level-2 cache. dw = dout^T y reads all of y once, a head after the other.
 
 #include "tiles.inl"
+#include "packing.inl"
 
 constexpr int kBlock = 4 * kVec > 32 ? 4 * kVec : 32;
 

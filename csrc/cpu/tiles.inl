@@ -1,4 +1,4 @@
-// Register tiles: the products of the attention kernels, and the packing of what they read. Compiled once for each
+// Register tiles: the products of the attention kernels; packing.inl makes what they read packed. Compiled once for each
 // instruction set, as qformer_attention_kernel.inl, which includes this file.
 //   scores   c[i, j]  = a[i, k] * b[k, j]         a = rows in place, b packed in panels
 //   dots     the same with b's few columns as rows in place, which are not packed
@@ -194,13 +194,6 @@ struct Update {
   Soon soon;
 };
 
-// rows [k, C] -> the full panels of Update.packed. Memory is read in its order, which is what the processor expects.
-static void pack_panels(const float* rows, int64_t k, int64_t C, float* out) {
-  for (int64_t i = 0; i < k; ++i)
-    for (int64_t c = 0; c + kPanel <= C; c += kPanel)
-      for (int j = 0; j < 2; ++j) store(out + c * k + i * kPanel + j * kVec, load(rows + i * C + c + j * kVec));
-}
-
 // The columns of one register tile: both vectors of a panel in place, or from g.packed; one vector, or `tail` floats of it.
 enum class Strip { panel, packed, vector, part };
 
@@ -365,42 +358,5 @@ static void outer(const Outer& g, int64_t n, int64_t C) {
       outer_rows<PAIRS, kRows>(m, g, row, col, C - col);
       row += m;
     }
-  }
-}
-
-// rows[have] of length C -> columns 0 .. width of out [C, ld], those of missing rows 0. Four rows at a time keeps the
-// reads sequential; this costs a few percent of one product over a full tile.
-static void transpose_rows(const float* const* rows, int64_t have, int64_t width, int64_t C, int64_t ld, float* out) {
-  for (int64_t r = 0; r < width; r += 4) {
-    if (have - r >= 4) {
-      const float *p0 = rows[r], *p1 = rows[r + 1], *p2 = rows[r + 2], *p3 = rows[r + 3];
-      for (int64_t c = 0; c < C; ++c) {
-        float* to = out + c * ld + r;
-        to[0] = p0[c], to[1] = p1[c], to[2] = p2[c], to[3] = p3[c];
-      }
-    } else {
-      for (int64_t c = 0; c < C; ++c)
-        for (int64_t i = 0; i < 4; ++i) out[c * ld + r + i] = r + i < have ? rows[r + i][c] : 0.0f;
-    }
-  }
-}
-
-// rows[K] of length C -> panels [C, kPanel] (the last one may be kVec wide), missing rows 0.
-static void pack_transposed(const float* const* rows, int64_t K, int64_t C, float* out) {
-  const int64_t padded = round_up(K, kVec);
-  for (int64_t r0 = 0; r0 < padded; r0 += kPanel) {
-    const int64_t width = smaller(kPanel, padded - r0);
-    transpose_rows(rows + r0, K - r0, width, C, width, out + r0 * C);
-  }
-}
-
-// [E, C] -> panels [E, kPanel] (the last one may be kVec wide), missing columns 0.
-static void pack_wide(const float* rows, int64_t E, int64_t C, float* out) {
-  const int64_t padded = round_up(C, kVec);
-  for (int64_t c0 = 0; c0 < padded; c0 += kPanel) {
-    const int64_t width = smaller(kPanel, padded - c0);
-    float* to = out + c0 * E;
-    for (int64_t e = 0; e < E; ++e)
-      for (int64_t c = c0; c < c0 + width; ++c) *to++ = c < C ? rows[e * C + c] : 0.0f;
   }
 }
