@@ -43,6 +43,7 @@ class Form:
     # Why it does not do this shape on this device, None if it does.
     refuses: Callable[[Dims, str], str | None] = lambda dims, device: None
     compiled: bool = False  # torch.compile works in its first call with a shape
+    dtypes: tuple[torch.dtype, ...] | None = None  # in which it computes, None for all
 
     def missing(self) -> str | None:
         """Why the form cannot be measured here whatever the shape."""

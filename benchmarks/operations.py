@@ -73,6 +73,8 @@ def _needs(form: Form, shape: Shape, device: str, dtype: torch.dtype) -> dict[st
     if missing is not None:
         return {"status": missing if missing == "not installed" else "not usable", "reason": missing}
     refused = form.refuses(shape.dims, device)
+    if refused is None and form.dtypes is not None and dtype not in form.dtypes:
+        refused = f"it computes in {' and '.join(map(measure.name_of, form.dtypes))} only"
     if refused is not None:
         return {"status": "not usable", "reason": refused}
     try:
