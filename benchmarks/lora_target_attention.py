@@ -48,6 +48,10 @@ def ours(inputs: Inputs, backend: str) -> Tensor:
     return em3.ops.lora_target_attention(**_arguments(inputs), backend=backend)
 
 
+def by(inputs: Inputs, strategy: str) -> Tensor:
+    return em3.ops.lora_target_attention(**_arguments(inputs), strategy=strategy)
+
+
 def truth(inputs: Inputs) -> Tensor:
     return reference.lora_target_attention(**_arguments(inputs))
 
@@ -128,4 +132,5 @@ def our_work(dims: Dims) -> Work:
 OPERATION = Operation(
     "lora_target_attention", make, truth, plain, ours, plain_work, our_work,
     (*attention_peers.forms(packed, plain_work), Form("peft", peft, plain_work, package="peft")),
+    by,
 )  # fmt: skip

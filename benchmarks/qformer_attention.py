@@ -72,6 +72,10 @@ def ours(inputs: Inputs, backend: str) -> Tensor:
     return em3.ops.qformer_attention(**_arguments(inputs), backend=backend)
 
 
+def by(inputs: Inputs, strategy: str) -> Tensor:
+    return em3.ops.qformer_attention(**_arguments(inputs), strategy=strategy)
+
+
 def truth(inputs: Inputs) -> Tensor:
     return reference.qformer_attention(**_arguments(inputs))
 
@@ -167,4 +171,5 @@ OPERATION = Operation(
     "qformer_attention", make, truth, plain, ours, plain_work, our_work,
     (*attention_peers.forms(packed, plain_work),
      Form("transformers", transformers, plain_work, package="transformers", refuses=_refuses)),
+    by,
 )  # fmt: skip
