@@ -43,6 +43,7 @@ class Form:
     # Why it does not do this shape on this device, None if it does.
     refuses: Callable[[Dims, str], str | None] = lambda dims, device: None
     compiled: bool = False  # torch.compile works in its first call with a shape
+    dtypes: tuple[torch.dtype, ...] | None = None  # in which it computes, None for all
 
     def missing(self) -> str | None:
         """Why the form cannot be measured here whatever the shape."""
@@ -69,6 +70,7 @@ class Operation:
         ours: ``(inputs, backend)`` -> output.
         plain_work, our_work: of the textbook formulation, and of em3's.
         peers: forms of other packages.
+        by: ``(inputs, strategy)`` -> output, of an operation that has the strategies absorb and project.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Operation:
     plain_work: Callable[[Dims], Work]
     our_work: Callable[[Dims], Work]
     peers: tuple[Form, ...] = ()
+    by: Callable[[Inputs, str], Tensor] | None = None
 
     def forms(self) -> Iterator[Form]:
         """All that competes: em3 as a call without further words gets it, each of its backends, then the others."""

@@ -65,26 +65,47 @@ def loop(inputs: Inputs) -> Call:
     return Call(forward, leaves(inputs))
 
 
-def peft_layer(weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> tuple[Any, Tensor, Tensor]:
-    """A linear layer wrapped by PEFT, with the adapter's two parameters."""
-    from peft import LoraConfig, get_peft_model
+def peft_model(weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> tuple[Any, Any]:
+    """A linear layer in a model of PEFT, with the adapter's values as its own parameters; returns model and layer."""
+    from peft import get_peft_model
 
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
     linear.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         linear.bias = nn.Parameter(bias, requires_grad=False)
-    config = LoraConfig(r=len(a), lora_alpha=int(scaling * len(a)), lora_dropout=0.0, target_modules=["0"])
-    model: Any = get_peft_model(nn.Sequential(linear), config)
+    model: Any = get_peft_model(nn.Sequential(linear), _peft_config(a, scaling))
     layer: Any = model.base_model.model[0]
-    parts = [layer.lora_A["default"], layer.lora_B["default"]]
-    for part, value in zip(parts, (a, b), strict=True):
+    for part, value in zip(_parts(layer, "default"), (a, b), strict=True):
         part.weight = nn.Parameter(value.detach())
-    return layer, parts[0].weight, parts[1].weight
+    return model, layer
+
+
+def _peft_config(a: Tensor, scaling: float) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=len(a), lora_alpha=int(scaling * len(a)), lora_dropout=0.0, target_modules=["0"])
+
+
+def _parts(layer: Any, adapter: str) -> tuple[Any, Any]:
+    return layer.lora_A[adapter], layer.lora_B[adapter]
 
 
 def peft(inputs: Inputs) -> Call:
-    layer, a, b = peft_layer(inputs["weight"], inputs["bias"], inputs["lora_a"], inputs["lora_b"], inputs["scaling"])
-    return Call(lambda: layer(inputs["x"]), {"x": inputs["x"], "lora_a": a, "lora_b": b})
+    """One adapter, as PEFT trains it; several in PEFT's batch of mixed adapters, where each row bears the name of its own.
+    PEFT means the latter for inference and its models refuse it in training, but the gradients are right."""
+    a, b, adapter, scaling = (inputs[name] for name in ("lora_a", "lora_b", "adapter", "scaling"))
+    first = (a, b) if adapter is None else (a[0], b[0])
+    model, layer = peft_model(inputs["weight"], inputs["bias"], *first, scaling)
+    if adapter is None:
+        down, up = _parts(layer, "default")
+        return Call(lambda: layer(inputs["x"]), {"x": inputs["x"], "lora_a": down.weight, "lora_b": up.weight})
+    for g, values in enumerate(zip(a.unbind(), b.unbind(), strict=True)):
+        model.add_adapter(str(g), _peft_config(a[0], scaling))
+        for part, value in zip(_parts(layer, str(g)), values, strict=True):
+            del part.weight  # a parameter, in whose place comes a part of one tensor, so that its gradient is one too
+            part.weight = value
+    names = [str(g) for g in adapter.tolist()]
+    return Call(lambda: layer(inputs["x"], adapter_names=names), leaves(inputs))
 
 
 def work(dims: Dims) -> Work:
@@ -96,8 +117,8 @@ def work(dims: Dims) -> Work:
     return Work(layer + thin, layer + 2 * thin, t * (c + d) + weights, t * (2 * c + d) + 2 * weights)
 
 
-def _no_mixing(dims: Dims, device: str) -> str | None:
-    return "it mixes adapters within a batch at inference only" if dims["G"] else None
+def _too_many(dims: Dims, device: str) -> str | None:
+    return "it takes minutes to add so many adapters" if dims["G"] > 256 else None
 
 
 def _no_loop(dims: Dims, device: str) -> str | None:
@@ -106,5 +127,5 @@ def _no_loop(dims: Dims, device: str) -> str | None:
 
 OPERATION = Operation(
     "lora_linear", make, truth, plain, ours, work, work,
-    (Form("loop", loop, work, refuses=_no_loop), Form("peft", peft, work, package="peft", refuses=_no_mixing)),
+    (Form("loop", loop, work, refuses=_no_loop), Form("peft", peft, work, package="peft", refuses=_too_many)),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""``lora_target_attention`` against gathering the history, projecting it with LoRA (PEFT's too), and PyTorch's attention."""
+"""``lora_target_attention`` against gathering the history, projecting it with LoRA (PEFT's too), and PyTorch's attentions."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch import Tensor
 import em3
 from em3 import reference
 
+from . import attention_peers
 from .forms import Call, Dims, Form, Inputs, Operation, Work, leaves, lengths, offsets, padding
-from .lora_linear import peft_layer
+from .lora_linear import peft_model
 
 Project = Callable[[Tensor], Tensor]
 
@@ -47,6 +48,10 @@ def ours(inputs: Inputs, backend: str) -> Tensor:
     return em3.ops.lora_target_attention(**_arguments(inputs), backend=backend)
 
 
+def by(inputs: Inputs, strategy: str) -> Tensor:
+    return em3.ops.lora_target_attention(**_arguments(inputs), strategy=strategy)
+
+
 def truth(inputs: Inputs) -> Tensor:
     return reference.lora_target_attention(**_arguments(inputs))
 
@@ -68,12 +73,28 @@ def _attention(inputs: Inputs, key: Project, value: Project) -> Callable[[], Ten
     return forward
 
 
-def plain(inputs: Inputs) -> Call:
-    def project(name: str) -> Project:
-        weight, (a, b, scaling) = inputs[f"w_{name}"], inputs[f"lora_{name}"]
-        return lambda x: F.linear(x, weight) + scaling * F.linear(F.linear(x, a), b)
+def _project(inputs: Inputs, name: str) -> Project:
+    weight, (a, b, scaling) = inputs[f"w_{name}"], inputs[f"lora_{name}"]
+    return lambda x: F.linear(x, weight) + scaling * F.linear(F.linear(x, a), b)
 
-    return Call(_attention(inputs, project("k"), project("v")), leaves(inputs))
+
+def plain(inputs: Inputs) -> Call:
+    return Call(_attention(inputs, _project(inputs, "k"), _project(inputs, "v")), leaves(inputs))
+
+
+def packed(attention: attention_peers.Attention, inputs: Inputs) -> Call:
+    """Histories are gathered and projected one after the other, without padding, and read there."""
+    target, ids, w_q, w_o, bank, h = (inputs[name] for name in ("target", "ids", "w_q", "w_o", "bank", "num_heads"))
+    key, value = _project(inputs, "k"), _project(inputs, "v")
+    attend = attention(inputs["offsets"], target.shape[1] if target.dim() == 3 else 1, h)
+
+    def forward() -> Tensor:
+        x = bank[ids]  # [T, C]
+        targets = target if target.dim() == 3 else target[:, None]  # [B, Q, D]
+        q, k, v = (t.unflatten(-1, (h, -1)) for t in (F.linear(targets, w_q), key(x), value(x)))
+        return F.linear(attend(q, k, v).flatten(2), w_o).view_as(target)
+
+    return Call(forward, leaves(inputs))
 
 
 def peft(inputs: Inputs) -> Call:
@@ -81,7 +102,8 @@ def peft(inputs: Inputs) -> Call:
     layers = []
     for name in "kv":
         a, b, scaling = inputs[f"lora_{name}"]
-        layer, of[f"lora_{name}[0]"], of[f"lora_{name}[1]"] = peft_layer(inputs[f"w_{name}"], None, a, b, scaling)
+        _, layer = peft_model(inputs[f"w_{name}"], None, a, b, scaling)
+        of[f"lora_{name}[0]"], of[f"lora_{name}[1]"] = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         layers.append(layer)
     return Call(_attention(inputs, *layers), of)
 
@@ -108,5 +130,7 @@ def our_work(dims: Dims) -> Work:
 
 
 OPERATION = Operation(
-    "lora_target_attention", make, truth, plain, ours, plain_work, our_work, (Form("peft", peft, plain_work, package="peft"),)
-)
+    "lora_target_attention", make, truth, plain, ours, plain_work, our_work,
+    (*attention_peers.forms(packed, plain_work), Form("peft", peft, plain_work, package="peft")),
+    by,
+)  # fmt: skip

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,5 +28,14 @@ def head(device: str, dtypes: tuple[torch.dtype, ...]) -> dict[str, Any]:
         "em3": em3.__version__,
         "dtypes": [name_of(dtype) for dtype in dtypes],
         "ceilings": ceilings(device, dtypes),
-        "environment": str(env),
+        "environment": without_folders(str(env)),
     }
+
+
+def without_folders(text: str) -> str:
+    """A text with the folders of this machine named by what they are, for results are shown to others."""
+    known = {Path(em3.__file__).resolve().parent.parent: ".", Path(sys.prefix).resolve(): "(environment)", Path.home(): "~"}
+    for folder in sorted(known, key=lambda folder: -len(folder.parts)):  # the environment may lie in the checkout
+        if folder != Path(folder.anchor):
+            text = text.replace(f"{folder}/", f"{known[folder]}/")
+    return text

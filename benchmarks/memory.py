@@ -30,7 +30,8 @@ class OutOfMemory(RuntimeError):
 
 
 def peak(op: str, dims: Dims, form: str, device: str, dtype: str, threads: int) -> dict[str, float | None]:
-    """``{"peak": bytes above the inputs, "inputs": bytes}``; the peak is None where the system does not tell (no /proc).
+    """``{"peak": bytes above the inputs, "inputs": bytes, "results": bytes}``; the peak is None where the system does not
+    tell (no /proc). Results are the gradients, which no form can do without: the least that the peak can be.
 
     Raises:
         OutOfMemory: the form does not fit.
@@ -74,13 +75,14 @@ def _measure(about: dict[str, Any]) -> dict[str, float | None]:
     # should, so it is a small one; but a compiled form compiles for the very shape, and keeps nothing.
     call, inputs = bound(about["dims"])
     run(call if form.compiled else bound(registry.smallest(about["op"], about["dims"]))[0])
+    sizes = {"inputs": nbytes(inputs), "results": nbytes(call.leaves)}
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run(call)
-        return {"peak": torch.cuda.max_memory_allocated(device) - before, "inputs": nbytes(inputs)}
-    return {"peak": raised_by(lambda: run(call)), "inputs": nbytes(inputs)}
+        return {"peak": torch.cuda.max_memory_allocated(device) - before, **sizes}
+    return {"peak": raised_by(lambda: run(call)), **sizes}
 
 
 def raised_by(call: Callable[[], object]) -> int | None:

@@ -10,11 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from em3 import tuning
+from em3.tuning import table
+
 from . import measure, memory
-from .forms import Call, Form, Inputs
+from .forms import Call, Form, Inputs, Operation, leaves
 from .registry import OPERATIONS
 from .shapes import Shape
 
+ABSORB, PROJECT = STRATEGIES = ("absorb", "project")
 SLOW = 10.0  # seconds of a step, beyond which three rounds must do
 
 
@@ -50,7 +54,7 @@ def measured(shape: Shape, device: str, dtype: torch.dtype, effort: Effort) -> l
         if row["status"] != "measured":
             continue
         start = time.perf_counter()
-        row |= same_function(form, inputs, grad, want, _limit(dtype, rows["plain"]), calls)
+        row |= same_function(form, inputs, grad, want, limit_of(dtype, rows["plain"]), calls)
         if not form.compiled:
             slowest = max(slowest, time.perf_counter() - start)
     rounds = 3 if slowest > SLOW else effort.rounds
@@ -59,7 +63,25 @@ def measured(shape: Shape, device: str, dtype: torch.dtype, effort: Effort) -> l
         rows[name] |= {"seconds": measure.quantiles(of_form), "rounds": len(of_form)}
     about = {"suite": "operations", "op": shape.op, "shape": shape.name, "label": shape.label, "dims": shape.dims,
              "source": shape.source, "sweep": shape.sweep, "device": device, "dtype": measure.name_of(dtype)}  # fmt: skip
-    return [about | {"form": form.name, "work": form.work(shape.dims)._asdict()} | rows[form.name] for form in forms]
+    work = {form.name: form.work(shape.dims) for form in forms}
+    if operation.by is not None:  # em3's own arithmetic is the plain form's where that is what it chooses
+        chosen = dict(zip(("em3", "em3 torch"), choice(operation, inputs), strict=True))
+        work |= {name: operation.plain_work(shape.dims) for name, strategy in chosen.items() if strategy == PROJECT}
+    return [about | {"form": form.name, "work": work[form.name]._asdict()} | rows[form.name] for form in forms]
+
+
+def choice(operation: Operation, inputs: Inputs) -> tuple[str, str]:
+    """The strategy that a training step takes by itself: what was tuned on this machine, else the cost model's answer; and
+    the cost model's, which is what the torch backend takes when it is asked for by name."""
+    assert operation.by is not None
+    trial = tuning.Trial({})
+    tuning.try_out(trial)
+    try:
+        operation.by(inputs, "auto")
+    finally:
+        tuning.try_out(None)
+    ((key, model),) = trial.asked[f"{operation.name}.strategy"].items()
+    return table.load(next(iter(leaves(inputs).values())).device).get(key, model), model
 
 
 def gradient(out: Tensor) -> Tensor | None:
@@ -73,6 +95,8 @@ def _needs(form: Form, shape: Shape, device: str, dtype: torch.dtype) -> dict[st
     if missing is not None:
         return {"status": missing if missing == "not installed" else "not usable", "reason": missing}
     refused = form.refuses(shape.dims, device)
+    if refused is None and form.dtypes is not None and dtype not in form.dtypes:
+        refused = f"it computes in {' and '.join(map(measure.name_of, form.dtypes))} only"
     if refused is not None:
         return {"status": "not usable", "reason": refused}
     try:
@@ -81,10 +105,10 @@ def _needs(form: Form, shape: Shape, device: str, dtype: torch.dtype) -> dict[st
         return {"status": "out of memory", "reason": str(error)}
     except RuntimeError as error:
         return {"status": "failed", "reason": str(error)}
-    return {"status": "measured", "peak_bytes": found["peak"], "inputs_bytes": found["inputs"]}
+    return {"status": "measured", "peak_bytes": found["peak"], "inputs_bytes": found["inputs"], "results_bytes": found["results"]}
 
 
-def _limit(dtype: torch.dtype, plain: dict[str, Any]) -> float:
+def limit_of(dtype: torch.dtype, plain: dict[str, Any]) -> float:
     """Of the error: ten times the usual for the plain form itself, twice its own for the others where that is more."""
     usual = measure.limit(dtype)
     return max(usual, 2 * plain["error"]) if "error" in plain else 10 * usual

@@ -8,7 +8,8 @@ from em3.train.report import figures
 
 from .presentation import MIB, Head, Row, least_seconds, of_suite
 
-LIMIT = "the machine's limit for em3's arithmetic"
+# What is drawn dashed: of time, and of memory.
+LIMIT = "the limit: em3's arithmetic at this machine's best; the gradients' own memory"
 
 
 def sweeps(rows: Sequence[Row]) -> dict[tuple[str, str, str, str], list[Row]]:
@@ -33,10 +34,11 @@ def time_of(rows: Sequence[Row], head: Head) -> str:
 
 
 def memory_of(rows: Sequence[Row]) -> str | None:
-    """MiB above the inputs at the peak; None where it could not be measured."""
+    """MiB above the inputs at the peak; None where it could not be measured. The dashed line is what the gradients take."""
     if any(row["peak_bytes"] is None for row in rows if "seconds" in row):
         return None
-    return _drawn(rows, lambda row: row["peak_bytes"] / MIB, "MiB", [])
+    limit = [(row["sweep"]["at"], row["results_bytes"] / MIB) for row in rows if row["form"] == "em3" and "seconds" in row]
+    return _drawn(rows, lambda row: row["peak_bytes"] / MIB, "MiB", limit)
 
 
 def _drawn(rows: Sequence[Row], value: Callable[[Row], float], unit: str, limit: Sequence[tuple[int, float]]) -> str:

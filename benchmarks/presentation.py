@@ -31,7 +31,7 @@ def tables(head: Head, rows: Sequence[Row]) -> list[Table]:
     for op in OPERATIONS:
         of_op = [row for row in of_suite(rows, "operations") if row["op"] == op and not row["sweep"]]
         made += [_of_operation(op, dtype, head, of_op) for dtype in dict.fromkeys(row["dtype"] for row in of_op)]
-    others = {"overhead": _overhead, "end_to_end": _training, "latency": _latency, "patched": _patched}
+    others = {"strategies": _strategies, "overhead": _overhead, "end_to_end": _training, "latency": _latency, "patched": _patched}
     return made + [make(of_suite(rows, suite)) for suite, make in others.items() if of_suite(rows, suite)]
 
 
@@ -40,7 +40,7 @@ def of_suite(rows: Iterable[Row], suite: str) -> list[Row]:
 
 
 def _of_operation(op: str, dtype: str, head: Head, rows: Sequence[Row]) -> Table:
-    columns = ("shape", "form", "forward, ms", "backward, ms", "both, ms", "em3 is faster by", "of the limit",
+    columns = ("shape", "form", "forward, ms", "backward, ms", "both, ms", "em3 is faster by", "GFLOP, MB", "of the limit",
                "peak memory, MiB", "error")  # fmt: skip
     lines: list[Sequence[str]] = []
     for _, forms in by_shape(row for row in rows if row["dtype"] == dtype):
@@ -48,12 +48,30 @@ def _of_operation(op: str, dtype: str, head: Head, rows: Sequence[Row]) -> Table
         for i, row in enumerate(forms):
             name = f"{row['shape']}: {row['label']}" if i == 0 else ""
             if "seconds" not in row:
-                lines.append((name, row["form"], f"{row['status']}{_because(row)}", *[""] * 6))
+                lines.append((name, row["form"], f"{row['status']}{_because(row)}", *[""] * 7))
                 continue
             times = [_milliseconds(row["seconds"][part]) for part in ("forward", "backward", "both")]
-            lines.append((name, row["form"], *times, _ratio(row, ours), f"{share(row, head):.0%}", _memory(row),
-                          f"{row['error']:.0e}"))  # fmt: skip
+            flops, size = work(row)
+            lines.append((name, row["form"], *times, _ratio(row, ours), f"{_short(flops / 1e9)}, {_short(size / 1e6)}",
+                          f"{share(row, head):.0%}", _memory(row), f"{row['error']:.0e}"))  # fmt: skip
     return Table(f"{op}, {dtype}", " ".join((OPERATIONS[op].our_work.__doc__ or "").split()), columns, lines)
+
+
+def _strategies(rows: Sequence[Row]) -> Table:
+    lines = []
+    for row in rows:
+        name = f"{row['op']}, {row['shape']}: {row['label']}, {row['dtype']}"
+        if "seconds" not in row:
+            lines.append((name, row["reason"], "", "", ""))
+            continue
+        behind = "" if row["right"] else f"{row['behind']:.0%} behind"
+        lines.append((name, *(_milliseconds(row["seconds"][of]) for of in ("absorb", "project")), row["chosen"], behind))
+    measured = [row for row in rows if "seconds" in row]
+    right, worst = sum(row["right"] for row in measured), max((row["behind"] for row in measured if not row["right"]), default=0.0)
+    note = ("Forward and backward in turns, and what a call without further words takes: what `em3 tune` measured on this machine, "
+            f"else the cost model's answer. It takes the faster one for {right} of {len(measured)} shapes, and is at most "
+            f"{worst:.0%} behind; slower is what is slower in the median and in four rounds of five.")  # fmt: skip
+    return Table("The choice of strategy", note, ("", "absorb, ms", "project, ms", "chosen", ""), lines)
 
 
 def _overhead(rows: Sequence[Row]) -> Table:
@@ -110,19 +128,27 @@ def by_shape(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
     return list(shapes.items())
 
 
+def work(row: Row) -> tuple[float, float]:
+    """FLOPs, and bytes read or written, of forward and backward by the form's formulas."""
+    of = row["work"]
+    size = torch.empty((), dtype=getattr(torch, row["dtype"])).element_size()
+    return of["forward_flops"] + of["backward_flops"], size * (of["forward_elements"] + of["backward_elements"])
+
+
 def least_seconds(row: Row, head: Head) -> float:
     """What forward and backward would take at the machine's own limits: products at the rate of a large product, or
-    elements at the rate of a large copy, whichever takes longer."""
-    work = row["work"]
-    flops = work["forward_flops"] + work["backward_flops"]
-    elements = work["forward_elements"] + work["backward_elements"]
-    size = torch.empty((), dtype=getattr(torch, row["dtype"])).element_size()
-    return max(flops / head["ceilings"]["products"][row["dtype"]], elements * size / head["ceilings"]["copy"])
+    bytes at the rate of a large copy, whichever takes longer."""
+    flops, size = work(row)
+    return max(flops / head["ceilings"]["products"][row["dtype"]], size / head["ceilings"]["copy"])
 
 
 def share(row: Row, head: Head) -> float:
     """Of the machine's limit for the form's own arithmetic."""
     return least_seconds(row, head) / row["seconds"]["both"][1]
+
+
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
 def _because(row: Row) -> str:
@@ -161,8 +187,10 @@ def machine(head: Head) -> str:
 HOW = (
     "Medians of alternating calls in one process, 20th to 80th percentile in brackets; forward as in training, its graph "
     "recorded. em3 is what a call without further words gets, em3 NAME one backend; plain is PyTorch as a user would "
-    "write it, compile torch.compile of that; the others are packages. Of the limit: the least time that the form's own "
-    "arithmetic could take here, as a share of its median. Peak memory of one forward and backward in a process of its "
+    "write it, compile torch.compile of that; flex and varlen are PyTorch's FlexAttention and varlen attention, loop and "
+    "blocks what a user would write to save memory, the others packages. GFLOP, MB: what forward and backward must compute, "
+    "and read or write, in that form (the formulas stand with each operation in em3/benchmarks). Of the limit: the least "
+    "time that this could take here, as a share of its median. Peak memory of one forward and backward in a process of its "
     "own, above the inputs. Error: the largest relative one, of the output and all gradients, against float64; a form "
     "that computes something else gets no time."
 )

@@ -1,4 +1,4 @@
-"""``qformer_attention`` against projecting keys and values, then PyTorch's attention or that of a BLIP-2 Q-Former."""
+"""``qformer_attention`` against projecting keys and values, then PyTorch's attentions or that of a BLIP-2 Q-Former."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import em3
 from em3 import reference
 
+from . import attention_peers
 from .forms import Call, Dims, Form, Inputs, Operation, Work, leaves, lengths, offsets, padding
 
 
@@ -71,8 +72,36 @@ def ours(inputs: Inputs, backend: str) -> Tensor:
     return em3.ops.qformer_attention(**_arguments(inputs), backend=backend)
 
 
+def by(inputs: Inputs, strategy: str) -> Tensor:
+    return em3.ops.qformer_attention(**_arguments(inputs), strategy=strategy)
+
+
 def truth(inputs: Inputs) -> Tensor:
     return reference.qformer_attention(**_arguments(inputs))
+
+
+def packed(attention: attention_peers.Attention, inputs: Inputs) -> Call:
+    """Keys and values are projected where the tokens lie, and read there. Those of several streams are put side by side
+    item by item; where each goes is known beforehand."""
+    given, h = inputs, inputs["num_heads"]
+    ends = [torch.arange(0, x.shape[0] * x.shape[1] + 1, x.shape[1], device=x.device) if o is None else o
+            for x, o in zip(given["values"], given["offsets"], strict=True)]  # fmt: skip
+    order = torch.cat([torch.repeat_interleave(o.diff()) for o in ends]).argsort(stable=True) if len(ends) > 1 else None
+    bounds = torch.stack(ends).sum(0)  # [B + 1]
+    attend = attention(bounds, len(given["query"]), h)
+
+    def project(name: str) -> Tensor:
+        parts = [F.linear(x.flatten(0, -2), w, b)
+                 for x, w, b in zip(given["values"], given[f"w_{name}"], given[f"b_{name}"], strict=True)]  # fmt: skip
+        every = parts[0] if order is None else torch.cat(parts)[order]
+        return every.unflatten(-1, (h, -1))  # [T, H, E]
+
+    def forward() -> Tensor:
+        query = F.linear(given["query"], given["w_q"], given["b_q"]).unflatten(-1, (h, -1))  # [Q, H, E]
+        out = attend(query.expand(len(bounds) - 1, -1, -1, -1), project("k"), project("v"))
+        return F.linear(out.flatten(2), given["w_o"], given["b_o"])  # [B, Q, D]
+
+    return Call(forward, leaves(inputs))
 
 
 def transformers(inputs: Inputs) -> Call:
@@ -140,5 +169,7 @@ def our_work(dims: Dims) -> Work:
 
 OPERATION = Operation(
     "qformer_attention", make, truth, plain, ours, plain_work, our_work,
-    (Form("transformers", transformers, plain_work, package="transformers", refuses=_refuses),),
+    (*attention_peers.forms(packed, plain_work),
+     Form("transformers", transformers, plain_work, package="transformers", refuses=_refuses)),
+    by,
 )  # fmt: skip

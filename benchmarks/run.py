@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from . import end_to_end, machine, operations, overhead, page, patched, shapes, table
+from . import end_to_end, machine, operations, overhead, page, patched, shapes, strategies, table
 from .measure import name_of
 from .operations import FULL, QUICK
 from .registry import OPERATIONS
 from .results_file import Results
 
-SUITES = (*OPERATIONS, "overhead", "end_to_end")
+SUITES = (*OPERATIONS, "strategies", "overhead", "end_to_end")
 Progress = Callable[[str, int, int, dict[str, float]], None]
 
 
@@ -34,16 +34,22 @@ def dtypes_of(device: str) -> tuple[torch.dtype, ...]:
 
 
 def units(suites: Sequence[str], table_of_shapes: Path, device: str, quick: bool) -> list[Unit]:
-    """What a run consists of: the shapes of each operation, then, unless it must be quick, those of the sweeps; interpreter
-    overhead; training and inference end to end and a patched model, which are measured on a CPU."""
-    chosen = [shape for shape in shapes.load(table_of_shapes) if shape.op in suites]
-    if quick:
-        chosen = [shape for shape in chosen if shape.quick]
+    """What a run consists of: the shapes of each operation, then, unless it must be quick, those of the sweeps; both strategies
+    of all of them; interpreter overhead; training and inference end to end and a patched model, which are measured on a
+    CPU."""
+    every = [shape for shape in shapes.load(table_of_shapes) if shape.quick or not quick]
+    chosen = [shape for shape in every if shape.op in suites]
     effort = QUICK if quick else FULL
     found = [
         Unit(f"{shape.op}: {shape.name}, {name_of(dtype)}", partial(operations.measured, shape, device, dtype, effort))
         for dtype in dtypes_of(device) for shape in chosen
     ]  # fmt: skip
+    if "strategies" in suites:
+        found += [
+            Unit(f"strategies: {shape.op}, {shape.name}, {name_of(dtype)}",
+                 partial(strategies.measured, shape, device, dtype, effort))
+            for dtype in dtypes_of(device) for shape in every if OPERATIONS[shape.op].by is not None
+        ]  # fmt: skip
     if "overhead" in suites:
         found += [Unit(f"overhead: {op}", partial(overhead.of_operation, op, device)) for op in OPERATIONS]
         found.append(Unit("overhead: import", overhead.of_import))

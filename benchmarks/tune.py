@@ -139,7 +139,7 @@ class _Bench:
             self.answers.setdefault(decision, winner)  # that of training, which is asked for first
             ratio = medians.get(before, medians[model]) / medians[winner]
             behind = max(float(np.median(of[model] / t)) for t in of.values()) - 1  # compared within a round too
-            right = not any(_faster(t, of[model], 0.0) for t in of.values())
+            right = not any(measure.faster(t, of[model]) for t in of.values())
             found.append(Found(decision, key[3], self.shape.label, before, winner, ratio, behind, right, wrong))
             gain = medians[model] / medians[winner]
             changes[key] = None if winner == model else table.Entry(key, winner, self.shape.label, gain)
@@ -201,14 +201,8 @@ def _tuned_before(place: torch.device) -> dict[tuning.Key, str]:
 
 def best(times: dict[str, np.ndarray], model: str) -> str:
     """The answer with the lowest median among those that are faster than the model's by the margin; else the model's."""
-    faster = [name for name, t in times.items() if _faster(t, times[model], MARGIN)]
+    faster = [name for name, t in times.items() if measure.faster(t, times[model], MARGIN)]
     return min(faster, key=lambda name: float(np.median(times[name])), default=model)
-
-
-def _faster(times: np.ndarray, than: np.ndarray, margin: float) -> bool:
-    """Of seconds ``[rounds]``, taken in turns: by more than the margin in the median, and at all in four rounds of five."""
-    ratios = times / than
-    return bool(np.median(ratios) < 1 - margin and np.percentile(ratios, 80) < 1)
 
 
 def text(found: Sequence[Found]) -> str:

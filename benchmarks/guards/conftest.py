@@ -9,7 +9,7 @@ import torch
 
 from . import guard
 
-Found = list[tuple[tuple[str, ...], float]]
+Found = list[tuple[tuple[str, ...], list[float]]]
 FOUND = pytest.StashKey[Found]()
 
 

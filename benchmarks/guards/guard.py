@@ -2,17 +2,22 @@
 
 A speed guard holds how many times faster em3 is than another form in the same run: the median over rounds of the ratio of
 two calls that stood side by side. They run on one thread and are timed by the processor time they use: with ten processes
-on two cores, two threads that wait for each other took 40 times as long, and their ratio moved by a factor of two. The
-torch backend, which works like the compiled one, is moved by other work as much as that; the plain form, which waits for
-memory, is not, so that beside a nearer form its margin is wider.
+on two cores, two threads that wait for each other took 40 times as long, and their ratio moved by a factor of two.
+
+What a ratio is depends on what else the machine does, even so: other work takes caches and memory from one form more than
+from the other. So a guard that finds too little measures again, up to ``ATTEMPTS`` times, and the best counts: other work
+passes, a real loss is in all of them. ``floors.yaml`` holds the lowest and the highest best of so many attempts that was
+found, idle and busy, and the floor lies between the lowest of em3 as it is and the highest of one 1.3 times slower. The
+torch backend, which works like the compiled one, is moved least. The plain form, which waits for memory, is moved too much
+for that; its floor is below the lowest.
 
 A memory guard holds the peak of forward and backward above the inputs, as a share of the inputs' own size.
-
-``floors.yaml`` holds what was measured and the margins. A guard that fails measures again before it says so.
 """
 
 from __future__ import annotations
 
+import os
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,7 +36,9 @@ from em3.files import atomic
 from em3.ops import _dispatch
 
 FLOORS = Path(__file__).with_name("floors.yaml")
-ROUNDS = 25
+ROUNDS, ATTEMPTS = 25, 5
+SLOWDOWN = 1.3  # that every speed guard must tell from noise
+Held = dict[str, list[float]]  # for each rival the lowest and the highest that was measured
 SPEED = shapes.load(Path(__file__).with_name("shapes.yaml"))
 # The smallest batch has inputs of the size of what the heap itself rounds up.
 MEMORY = [shape for shape in shapes.load() if shape.quick and shape.name != "small"]
@@ -47,10 +54,13 @@ def rivals(shape: Shape) -> list[str]:
 
 
 def kind() -> str:
-    """What the ratios of this machine go by: the kernels' instruction set and the processor. Floors are of one such kind."""
+    """What the ratios of this machine go by: the kernels' instruction set and the processor. Floors are of one such kind.
+
+    A forced instruction set is a kind of its own, since PyTorch, of which the other forms are made, keeps the widest."""
     features = em3.env_report()["system"]["cpu_features"]
-    name = machine.processor().rsplit(",", 1)[0]
-    return f"{features['default'] if features else 'em3._C was not built'}, {name}"
+    forced = os.environ.get("EM3_CPU_ISA")
+    isa = f"{forced} forced" if forced else features["default"] if features else "em3._C was not built"
+    return f"{isa}, {machine.processor().rsplit(',', 1)[0]}"
 
 
 def bound(shape: Shape) -> tuple[dict[str, Call], torch.Tensor | None]:
@@ -102,23 +112,34 @@ def read() -> dict[str, Any]:
     return content
 
 
-def write(found: Sequence[tuple[tuple[str, ...], float]]) -> None:
-    """Put newly measured values into ``floors.yaml``, each at its path of keys."""
+def write(found: Sequence[tuple[tuple[str, ...], list[float]]]) -> None:
+    """Put newly measured values into ``floors.yaml``, each at its path of keys. Of speeds the lowest and the highest are
+    kept, those that were there included; of memory the median."""
     content = read()
-    for path, value in found:
+    for path, values in found:
         inner = content
         for key in path[:-1]:
             inner = inner.setdefault(key, {})
-        inner[path[-1]] = round(value, 2)
+        if path[0] == "speed":
+            every = [*inner.get(path[-1], []), *values]
+            inner[path[-1]] = [round(min(every), 2), round(max(every), 2)]
+        else:
+            inner[path[-1]] = round(statistics.median(values), 2)
     head = "".join(line for line in FLOORS.read_text().splitlines(keepends=True) if line.startswith("#"))
     with atomic(FLOORS) as file:
-        file.write(f"{head}{yaml.safe_dump(content, sort_keys=False)}".encode())
+        file.write(f"{head}{yaml.safe_dump(content, sort_keys=False, default_flow_style=None)}".encode())
 
 
-def speed_floors(held: dict[str, float], margins: dict[str, float]) -> dict[str, float]:
-    """For each rival how many times faster em3 must be at least."""
-    nearest = list(held)[-1]
-    return {rival: value / margins["nearest" if rival == nearest else "plain"] for rival, value in held.items()}
+def nearest(held: Held) -> str:
+    """The rival that works most like em3, whose ratio moves least."""
+    return list(held)[-1]
+
+
+def speed_floors(held: Held, margins: dict[str, float]) -> dict[str, float]:
+    """For each rival how many times faster em3 must be at least; see ``floors.yaml``."""
+    floors = {rival: lowest / margins["plain"] for rival, (lowest, _) in held.items()}
+    lowest, highest = held[nearest(held)]
+    return floors | {nearest(held): min((lowest * highest / SLOWDOWN) ** 0.5, lowest / margins["nearest"])}
 
 
 def memory_ceiling(measured: float, margins: dict[str, float]) -> float:

@@ -13,8 +13,9 @@ from em3.benchmarks import registry
 
 from . import guard
 
-REPEATS = 3  # of each measurement when floors are set
+REPEATS = 3  # of the memory when floors are set
 OPTIONS = 1.15  # what masked duplicates, logQ and weights may cost together
+SET = "set them by `EM3_SET_FLOORS=1 pytest benchmarks`, once while the machine is idle and once while it is busy"
 
 
 def names(shapes):
@@ -35,31 +36,34 @@ def test_speed(benchmark, shape, floors, found):
             call()
 
     speeds = guard.speeds(calls, grad, recorded)
-    benchmark.extra_info |= speeds
+    benchmark.extra_info |= {"first": speeds}
     if found is not None:
-        every = [speeds, *(guard.speeds(calls, grad, again) for _ in range(REPEATS - 1))]
+        every = [speeds, *(guard.speeds(calls, grad, again) for _ in range(guard.ATTEMPTS - 1))]
         for rival in speeds:
-            path = ("speed", guard.kind(), shape.op, shape.name, rival)
-            found.append((path, statistics.median(of[rival] for of in every)))
+            found.append((("speed", guard.kind(), shape.op, shape.name, rival), [max(of[rival] for of in every)]))
         return
     held = floors["speed"].get(guard.kind(), {}).get(shape.op, {}).get(shape.name)
     if held is None:
-        pytest.skip(f"there are no floors of it for {guard.kind()}: set them by EM3_SET_FLOORS=1 pytest benchmarks")
-    assert held.keys() == speeds.keys(), "the backends have changed: set floors anew by EM3_SET_FLOORS=1 pytest benchmarks"
+        pytest.skip(f"there are no floors of it for {guard.kind()}: {SET}")
+    assert held.keys() == speeds.keys(), f"the backends have changed: take its floors out of floors.yaml, then {SET}"
     least = guard.speed_floors(held, floors["margins"])
-    if any(speeds[rival] < least[rival] for rival in least):
-        speeds = guard.speeds(calls, grad, again)
-    for rival, floor in least.items():
-        assert speeds[rival] >= floor, (
-            f"{shape.op}, {shape.name}: em3 was {speeds[rival]:.2f} times as fast as {rival} twice in a row; "
-            f"{held[rival]} was measured, {floor:.2f} is the floor"
-        )
+    attempts = 1
+    while attempts < guard.ATTEMPTS and any(speeds[rival] < least[rival] for rival in least):
+        more = guard.speeds(calls, grad, again)
+        speeds = {rival: max(value, more[rival]) for rival, value in speeds.items()}
+        attempts += 1
+    benchmark.extra_info |= {"best": speeds, "attempts": attempts}
+    short = [
+        f"{speeds[rival]:.2f} times as fast as {rival} ({lowest} to {highest} was measured, {least[rival]:.2f} is the floor)"
+        for rival, (lowest, highest) in held.items() if speeds[rival] < least[rival]
+    ]  # fmt: skip
+    assert not short, f"{shape.op}, {shape.name}: em3 was, at best in {attempts} attempts, {' and '.join(short)}"
 
 
 @pytest.mark.parametrize("shape", guard.MEMORY, ids=names(guard.MEMORY))
 def test_memory(shape, floors, found):
     if found is not None:
-        found.append((("memory", shape.op, shape.name), statistics.median(guard.memory_share(shape) for _ in range(REPEATS))))
+        found.append((("memory", shape.op, shape.name), [guard.memory_share(shape) for _ in range(REPEATS)]))
         return
     held = floors["memory"][shape.op][shape.name]
     ceiling = guard.memory_ceiling(held, floors["margins"])

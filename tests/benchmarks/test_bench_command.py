@@ -185,7 +185,7 @@ def test_a_plot_where_a_form_ran_out_of_memory(tmp_path):
     work = {"forward_flops": 1.0, "backward_flops": 1.0, "forward_elements": 1.0, "backward_elements": 1.0}
     rows = [
         {"suite": "operations", "op": "contrastive_loss", "shape": f"tiny B={at}", "label": f"B={at}", "form": form,
-         "sweep": {"of": "tiny", "over": "B", "at": at}, "dtype": "float32", "work": work, "error": 1e-7, "peak_bytes": 2**20,
+         "sweep": {"of": "tiny", "over": "B", "at": at}, "dtype": "float32", "work": work, "error": 1e-7, "peak_bytes": 2**20, "results_bytes": 2**10,
          **({"status": "measured", "seconds": {part: [1.0, 2.0, 3.0] for part in ("forward", "backward", "both")}}
             if (form, at) != ("plain", 32) else {"status": "out of memory", "reason": "needs more"})}
         for at in (16, 32) for form in ("em3", "plain")

@@ -45,7 +45,7 @@ def rows(monkeypatch):
     def peak(op, dims, form, device, dtype, threads):
         if form == "large":
             raise memory.OutOfMemory("needs more memory than there is")
-        return {"peak": 5, "inputs": 7}
+        return {"peak": 5, "inputs": 7, "results": 3}
 
     monkeypatch.setattr(memory, "peak", peak)
     made = operations.measured(SHAPE, "cpu", torch.float32, EFFORT)
@@ -58,7 +58,7 @@ def test_rows(rows):
         row = rows[name]
         assert row["status"] == "measured"
         assert row["rounds"] >= 3
-        assert (row["peak_bytes"], row["inputs_bytes"]) == (5, 7)
+        assert (row["peak_bytes"], row["inputs_bytes"], row["results_bytes"]) == (5, 7, 3)
         assert row["error"] < 1e-5
         for part in ("forward", "backward", "both"):
             p20, p50, p80 = row["seconds"][part]
@@ -90,7 +90,7 @@ def test_peak_memory_of_a_process_of_its_own():
     matrix = 4 * 2048**2
     assert found["plain"]["inputs"] == 4 * (2 * 2048 * 16 + 1)
     assert found["plain"]["peak"] > 2 * matrix
-    assert found["em3"]["peak"] < matrix
+    assert found["em3"]["results"] == found["em3"]["inputs"] < found["em3"]["peak"] < matrix
 
 
 def test_a_form_that_does_not_fit_is_out_of_memory():
