@@ -167,7 +167,7 @@ LINEAR = [((520,), 37, 16, 8, None), ((150,), 16, 37, 1, 3), ((33,), 64, 5, 17, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *oracle.HALF], ids=str)
 def test_every_instruction_set_adapts(forced_isa, dtype, monkeypatch):
-    monkeypatch.setattr(adapting, "_enough", lambda weight: float("inf"))
+    monkeypatch.setattr(adapting.plain, "enough", lambda weight: float("inf"))
     for shape in LINEAR:
         for p in (0.0, 0.3):
             made = linear.make(*shape, route="offsets" if shape[0] == (150,) else "adapter", per_adapter=True, frozen=("weight",))

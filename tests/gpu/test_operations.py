@@ -70,9 +70,37 @@ def test_qformer_attention_of_shared_queries_over_many_items():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", oracle.backends("lora_linear", DEVICE))
 @pytest.mark.parametrize(("g", "route"), [(None, "adapter"), (5, "adapter"), (5, "offsets")])
-def test_lora_linear(g, route, dtype):
-    oracle.check(ll.op("torch"), ll.reference, on_gpu(ll.make((64, 9), 48, 32, 8, g, route=route)), dtype)
+def test_lora_linear(g, route, backend, dtype):
+    oracle.check(ll.op(backend), ll.reference, on_gpu(ll.make((64, 9), 48, 32, 8, g, route=route)), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", oracle.backends("lora_linear", DEVICE))
+@pytest.mark.parametrize("r", [1, 8, 24, 64, 128])
+@pytest.mark.parametrize("g", [None, 3, 200])
+def test_lora_linear_of_every_rank(g, r, backend, dtype):
+    """Every tile of the kernels, and adapters with many parts of rows, few or none."""
+    args = ll.make((6000,), 200, 136, r, g, frozen=("weight", "bias"))
+    if g is not None:
+        args["adapter"] = args["adapter"].where(torch.rand(6000) < 0.3, 1)
+    oracle.check(ll.op(backend), ll.reference, on_gpu(args), dtype)
+    oracle.same_bits_twice(ll.op(backend), oracle.convert(on_gpu(args), dtype))
+
+
+def test_lora_linear_in_a_cuda_graph():
+    """Nothing looks at the indices: a graph that was recorded once serves other adapters for each row."""
+    args = oracle.convert(on_gpu(ll.make((300,), 40, 24, 8, 7)), torch.bfloat16)
+    em3.ops.lora_linear(**args)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        y = em3.ops.lora_linear(**args)
+    args["adapter"].copy_(torch.randint(-1, 7, (300,)))
+    graph.replay()
+    with torch.no_grad():
+        torch.testing.assert_close(y, em3.ops.lora_linear(**args))
 
 
 TARGET = [

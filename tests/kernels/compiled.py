@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from em3.kernels import contrastive_loss, qformer_attention
+from em3.kernels import contrastive_loss, lora_linear, qformer_attention
 
 TARGETS = (80, 90, 100)
 # Bytes of shared memory for a program. What is for all GPUs must fit in those of compute capability 8.6, 8.9 and 12.0.
@@ -30,6 +30,7 @@ QFORMER = {
     "token_gradient": qformer_attention._token_gradient,
 }
 CONTRAST = {"statistics": contrastive_loss._statistics, "gradient": contrastive_loss._gradient}
+ADAPTERS = {"low_rank": lora_linear._low_rank, "collect": lora_linear._collect, "add_up": lora_linear._add_up}
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -135,6 +136,29 @@ def splitting() -> Iterator[Case]:
         yield Case("split", contrastive_loss._split, target, tile, types, constants, frozenset({"high", "low", "size", "V"}), SHARED, "")
 
 
+def adapters(dtypes: tuple[torch.dtype, ...] = tuple(TYPES), *, forms: str = "forward backward collect", ranks: tuple[int, ...] = (8, 16, 32, 64, 128),
+             mixed: bool = True, dropped: bool = False, precision: str = "ieee", rows: int = 2**31, odd: bool = False) -> Iterator[Case]:  # fmt: skip
+    """The tiles for these ranks, for every target. ``rows``: the most that a tile is left with. ``odd``: widths that 16 does not divide."""
+    for form, dtype, r, target in itertools.product(forms.split(), dtypes, ranks, TARGETS):
+        name = {"forward": "low_rank", "backward": "low_rank"}.get(form, form)
+        function = ADAPTERS[name]
+        row, factor = "*" + TYPES[dtype], "*fp32"
+        types = dict.fromkeys(("x", "y", "first_factor", "second_factor", "out"), row) | dict.fromkeys(("low", "sums"), factor)
+        types |= {"scaling": "fp32", "kept": "fp32"}
+        types |= {"order": "*i64", "bounds": "*i32", "scalings": "*fp32"} if mixed else {}
+        types |= {"seed": "*i64"} if dropped else {}
+        tile = lora_linear.config("collect" if name == "add_up" else name, dtype, r)
+        tile = tile._replace(rows=min(tile.rows, rows)) if name == "low_rank" else tile
+        constants = dict(R=r, RANK=lora_linear.rank(r), ROWS=tile.rows, WIDTH=tile.width, GROUPS=64 if mixed else 1, PRECISION=precision,
+                         TURNED=form == "backward", BEHIND=form == "backward")  # fmt: skip
+        constants |= dict.fromkeys({"order", "bounds", "scalings", "seed"} - set(types)) | ({"low": None} if form == "forward" else {})
+        names = set(function.arg_names)
+        even = set() if odd else {"x", "y", "first_factor", "second_factor", "out", "low", "sums", "order", "C", "D", "stride"}
+        words = [TYPES[dtype], f"rank {r}", form, *["mixed"] * mixed, *["dropped"] * dropped, precision, *["odd"] * odd]
+        yield Case(name, function, target, tile, types, {n: v for n, v in constants.items() if n in names}, frozenset(even & names), SHARED,
+                   " ".join(words))  # fmt: skip
+
+
 def cases(op: str) -> Iterator[Case]:
     half, full = (torch.bfloat16,), (torch.float32,)
     if op == "qformer_attention":
@@ -172,9 +196,17 @@ def cases(op: str) -> Iterator[Case]:
         yield from contrast(coarse=True)
         yield from contrast(given="", asked="rows", coarse=True)
         yield from splitting()
+    if op == "lora_linear":
+        yield from adapters()
+        yield from adapters(dropped=True)
+        yield from adapters(half, mixed=False)
+        yield from adapters(full, precision="tf32")
+        yield from adapters(odd=True, ranks=(5, 77))
+        yield from adapters(dtypes=(*half, *full), forms="forward backward", rows=16)
+        yield from adapters((*half, *full), forms="add_up")
 
 
-OPS = ("qformer_attention", "lora_target_attention", "contrastive_loss")
+OPS = ("qformer_attention", "lora_linear", "lora_target_attention", "contrastive_loss")
 
 
 def main(ops: list[str]) -> int:

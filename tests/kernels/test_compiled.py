@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from em3.backends.triton import lora_linear
 from tests.kernels import compiled
 
 WIDEST = 512  # columns of bf16 tokens, the heaviest use of registers in that table
@@ -16,6 +17,7 @@ CASES = [
       if case.tile.width == case.tile.chunk == WIDEST and case.target == 80 and case.kernel == "forward"),
     *(case for case in compiled.qformer((torch.bfloat16,), per_item=True, tokens="looked up", bank=torch.float32, biased=True, span=4)
       if case.tile.width == case.tile.chunk == WIDEST and case.target == 90),
+    *(case for case in compiled.adapters((torch.bfloat16,), forms="backward", ranks=(128,), dropped=True) if case.target == 80),
     *(case for case in compiled.contrast() if case.tile.width == case.tile.chunk == 128 and case.target == 90),
 ]  # fmt: skip
 TABLES = [
@@ -47,3 +49,12 @@ def test_the_tables_serve_every_width(module, kernel, rows):
         assert tile.width % tile.chunk == 0
         assert min(tile[:2]) >= 16, "the smallest product of tensor cores"
         assert tile.chunk >= 16
+
+
+@pytest.mark.parametrize(("kernel", "kind"), [(k, kind) for k, kinds in compiled.lora_linear._table().items() if k in compiled.ADAPTERS for kind in kinds])
+def test_the_tiles_of_adapters_serve_every_rank(kernel, kind):
+    rows = compiled.lora_linear._table()[kernel][kind]
+    ranks = [up_to for up_to, *_ in rows]
+    assert ranks == sorted(ranks)
+    assert ranks[-1] == lora_linear._RANK
+    assert all(min(numbers[:2]) >= 16 for _, *numbers in rows), "the smallest product of tensor cores"

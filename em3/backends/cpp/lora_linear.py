@@ -47,7 +47,7 @@ def wins(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b:
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float,
             scalings: Tensor | None, adapter: Tensor | None, offsets: Tensor | None,
             drop: Dropout | None = None) -> Tensor:  # fmt: skip
-    if plain.merges(x, weight, lora_a, drop, _enough(weight)):
+    if plain.merges(x, weight, lora_a, drop, plain.enough(weight)):
         return F.linear(x, plain.merged(weight, lora_a, lora_b, scaling), bias)
     y = F.linear(x, weight, bias)
     cpp.compiled().lora_linear_forward(
@@ -61,7 +61,7 @@ def backward(dy: Tensor, x: Tensor | None, weight: Tensor, lora_a: Tensor, lora_
              scalings: Tensor | None, adapter: Tensor | None, offsets: Tensor | None, drop: Dropout | None,
              need: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     need_x, need_weight, need_bias, need_a, need_b = need
-    merges = plain.merges(dy, weight, lora_a, drop, _enough(weight))
+    merges = plain.merges(dy, weight, lora_a, drop, plain.enough(weight))
     if merges and need_weight:  # from which the adapter's gradient follows, without another pass over the rows
         return plain.backward(dy, x, weight, lora_a, lora_b, scaling, scalings, adapter, offsets, drop, need)
     dx, dweight, dbias, da, db = (dy.new_empty(0) for _ in range(5))
@@ -85,12 +85,6 @@ def backward(dy: Tensor, x: Tensor | None, weight: Tensor, lora_a: Tensor, lora_
             torch.get_num_threads(), cpp.isa,
         )  # fmt: skip
     return dx, dweight, dbias, da.to(lora_a.dtype), db.to(lora_b.dtype)
-
-
-def _enough(weight: Tensor) -> float:
-    """Rows from which the sum ``W + B A`` costs fewer multiply-adds than the low-rank products with the rows."""
-    d, c = weight.shape
-    return c * d / (c + d)
 
 
 def _adapters(lora_a: Tensor, lora_b: Tensor, scaling: float, scalings: Tensor | None, adapter: Tensor | None,

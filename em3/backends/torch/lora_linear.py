@@ -118,6 +118,12 @@ def merges(x: Tensor, weight: Tensor, lora_a: Tensor, drop: Dropout | None, leas
     return decide("lora_linear.form", x, "", (x.shape[0], *weight.shape, lora_a.shape[0]), model) == "merged"
 
 
+def enough(weight: Tensor) -> float:
+    """Rows from which the sum ``W + B A`` costs fewer multiply-adds than the low-rank products with the rows."""
+    d, c = weight.shape
+    return c * d / (c + d)
+
+
 def merged(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
     return torch.addmm(weight, lora_b, lora_a, alpha=scaling)
 
