@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,8 @@ def flex(bounds: Tensor, q: int, h: int) -> Attend:
 
         def batched(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             k, v = (x.unflatten(0, (b, -1)).transpose(1, 2) for x in (key, value))  # [B, H, N, E]
-            return attention(query.transpose(1, 2), k, v).transpose(1, 2)
+            out: Tensor = attention(query.transpose(1, 2), k, v)
+            return out.transpose(1, 2)
 
         return batched
     item = torch.repeat_interleave(sizes)  # [T]
@@ -48,19 +50,19 @@ def flex(bounds: Tensor, q: int, h: int) -> Attend:
 
     def packed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         rows, k, v = (x.transpose(0, 1)[None] for x in (query.flatten(0, 1), key, value))  # [1, H, B * Q or T, E]
-        return attention(rows, k, v, block_mask=mask)[0].transpose(0, 1).unflatten(0, (b, q))
+        out: Tensor = attention(rows, k, v, block_mask=mask)
+        return out[0].transpose(0, 1).unflatten(0, (b, q))
 
     return packed
 
 
-def _flex_attention(device: torch.device) -> Callable[..., Tensor]:
+def _flex_attention(device: torch.device) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
     if device.type == "cpu":
         return flex_attention
     # The form "compile", which goes before this one, has thrown away what was compiled for other shapes.
-    compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=False)
-    return compiled
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def varlen(bounds: Tensor, q: int, h: int) -> Attend:
@@ -72,8 +74,9 @@ def varlen(bounds: Tensor, q: int, h: int) -> Attend:
     query_ends = torch.arange(0, (b + 1) * q, q, device=bounds.device, dtype=torch.int32)
 
     def packed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out: Tensor = varlen_attn(query.flatten(0, 1), key, value, query_ends, ends, q, longest)
-        return out.unflatten(0, (b, q))
+        out: Any = varlen_attn(query.flatten(0, 1), key, value, query_ends, ends, q, longest)
+        rows: Tensor = out.unflatten(0, (b, q))
+        return rows
 
     return packed
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -27,6 +26,7 @@ from em3.train.config import ModelConfig
 
 from . import memory
 from .forms import lengths, offsets
+from .measure import Clock
 
 ITEMS = USERS = 20_000
 CANDIDATES = 500
@@ -68,6 +68,15 @@ def tokens(items: int, setting: Setting) -> list[Jagged]:
     return streams
 
 
+def moved(value: Any, device: str) -> Any:
+    """A batch, a stream or a tensor on the device."""
+    if isinstance(value, Batch):
+        return replace(value, **{of.name: moved(getattr(value, of.name), device) for of in fields(value)})
+    if isinstance(value, Jagged):
+        return Jagged(value.values().to(device), value.offsets().to(device))
+    return None if value is None else value.to(device)
+
+
 def build(arm: str, setting: Setting) -> nn.Module:
     """The untrained model of an arm, with the defaults of `em3 train`."""
     of = ModelConfig()
@@ -85,13 +94,14 @@ def build(arm: str, setting: Setting) -> nn.Module:
 
 
 class Step:
-    """One arm and what it is trained on."""
+    """One arm and what it is trained on, which lies on the device already."""
 
-    def __init__(self, arm: str, setting: Setting) -> None:
+    def __init__(self, arm: str, setting: Setting, device: str) -> None:
         torch.manual_seed(0)
-        self.model: Any = build(arm, setting)
-        self.batch = draw(setting, setting.batch)
-        self.streams = tokens(len(self.batch.distinct), setting) if arm == "EM3" else None
+        self.model: Any = build(arm, setting).to(device)
+        self.batch: Batch = moved(draw(setting, setting.batch), device)
+        streams = tokens(len(self.batch.distinct), setting) if arm == "EM3" else None
+        self.streams = streams and [moved(stream, device) for stream in streams]
         self.optimizer = torch.optim.Adam(self.model.parameters(), fused=True)
 
     def __call__(self) -> None:
@@ -121,40 +131,45 @@ class Step:
         }
 
 
-def _in_turns(calls: dict[str, Callable[[], object]], rounds: int, warm: int) -> dict[str, np.ndarray]:
+def _in_turns(calls: dict[str, Callable[[], object]], rounds: int, warm: int, device: str) -> dict[str, np.ndarray]:
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(warm + rounds):
         for name, call in calls.items():
-            start = time.perf_counter()
+            clock = Clock(device)
+            clock.mark()
             call()
+            clock.mark()
+            (seconds,) = clock.seconds()
             if turn >= warm:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(seconds)
     return {name: np.array(of) for name, of in times.items()}
 
 
-def training(over: str, at: int) -> list[dict[str, Any]]:
+def training(over: str, at: int, device: str) -> list[dict[str, Any]]:
     """A row for each arm: its step with one of the setting's numbers changed."""
     setting = Setting(**{over: at})
-    steps = {arm: Step(arm, setting) for arm in ARMS}
-    times = _in_turns(dict(steps), ROUNDS, WARM)
-    parts = _in_turns(steps["EM3"].parts(), ROUNDS, WARM)
+    steps = {arm: Step(arm, setting, device) for arm in ARMS}
+    times = _in_turns(dict(steps), ROUNDS, WARM, device)
+    parts = _in_turns(steps["EM3"].parts(), ROUNDS, WARM, device)
     rows = []
     for arm, of_arm in times.items():
         p20, p50, p80 = np.percentile(of_arm, [20, 50, 80]).tolist()
         rows.append({
             "suite": "end_to_end", "over": over, "at": at, "arm": arm, "setting": asdict(setting),
-            "seconds": [p20, p50, p80], "samples_per_second": setting.batch / p50, "peak_bytes": _peak(arm, setting),
+            "seconds": [p20, p50, p80], "samples_per_second": setting.batch / p50, "peak_bytes": _peak(arm, setting, device),
             "parts": {name: float(np.median(of)) for name, of in parts.items()} if arm == "EM3" else {},
         })  # fmt: skip
     return rows
 
 
-def inference() -> list[dict[str, Any]]:
+def inference(device: str) -> list[dict[str, Any]]:
     """p50 and p99 of scoring one user's candidates, content read from the bank."""
     setting = Setting()
-    request = _request(setting)
-    calls: dict[str, Callable[[], object]] = {arm: partial(_scores, build(arm, setting).eval(), request) for arm in ARMS}
-    times = _in_turns(calls, REQUESTS, WARM)
+    request = moved(_request(setting), device)
+    calls: dict[str, Callable[[], object]] = {
+        arm: partial(_scores, build(arm, setting).to(device).eval(), request) for arm in ARMS
+    }
+    times = _in_turns(calls, REQUESTS, WARM, device)
     return [{"suite": "latency", "arm": arm, "candidates": CANDIDATES, "history": setting.history,
              "seconds": np.percentile(of, [50, 99]).tolist()} for arm, of in times.items()]  # fmt: skip
 
@@ -175,8 +190,17 @@ def _request(setting: Setting) -> Batch:
                  torch.zeros(CANDIDATES), distinct, inverse)  # fmt: skip
 
 
-def _peak(arm: str, setting: Setting) -> int | None:
-    """Bytes by which a few steps raise the high-water mark of a process of their own."""
+def _peak(arm: str, setting: Setting, device: str) -> int | None:
+    """Bytes by which a few steps raise the high-water mark of a process of their own; on a GPU that of the allocator, above
+    the model, its optimizer and the batch."""
+    if torch.device(device).type == "cuda":
+        step = Step(arm, setting, device)
+        step()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
     about = {"arm": arm, "threads": torch.get_num_threads(), **asdict(setting)}
     words = [sys.executable, "-m", "em3.benchmarks.end_to_end", json.dumps(about)]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
@@ -187,8 +211,8 @@ def _peak(arm: str, setting: Setting) -> int | None:
 def _peak_here(about: dict[str, Any]) -> int | None:
     torch.set_num_threads(about.pop("threads"))
     arm = about.pop("arm")
-    Step(arm, Setting(history=5, batch=8))()  # libraries set themselves up
-    step = Step(arm, Setting(**about))
+    Step(arm, Setting(history=5, batch=8), "cpu")()  # libraries set themselves up
+    step = Step(arm, Setting(**about), "cpu")
 
     def steps() -> None:
         for _ in range(WARM):

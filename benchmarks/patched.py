@@ -6,8 +6,6 @@ as there. All of a Q-Former's layers come in pairs of which one reads the tokens
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +14,7 @@ from torch import Tensor
 
 import em3
 
-from .measure import trim
+from .measure import Clock, trim
 
 ROUNDS = 8
 ARMS = ("transformers", "patched")
@@ -41,7 +39,7 @@ SETTINGS = tuple(Setting(q, p) for q in (8, 16, 32) for p in (0.1, 0.0))
 class Step:
     """Forward and backward of one Q-Former, patched or not: it is the same one, so that both arms have the same weights."""
 
-    def __init__(self, of: Setting) -> None:
+    def __init__(self, of: Setting, device: str) -> None:
         from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
         config = Blip2QFormerConfig(
@@ -49,10 +47,10 @@ class Step:
             encoder_hidden_size=of.token_width, hidden_dropout_prob=of.dropout, attention_probs_dropout_prob=of.dropout,
         )  # fmt: skip
         torch.manual_seed(0)
-        self.model: Any = Blip2QFormerModel(config).train()
-        self.query = torch.randn(1, of.queries, of.width).requires_grad_()
-        self.tokens = torch.randn(of.batch, of.tokens, of.token_width)
-        self.grad = torch.randn(of.batch, of.queries, of.width)
+        self.model: Any = Blip2QFormerModel(config).train().to(device)
+        self.query = torch.randn(1, of.queries, of.width).to(device).requires_grad_()
+        self.tokens = torch.randn(of.batch, of.tokens, of.token_width).to(device)
+        self.grad = torch.randn(of.batch, of.queries, of.width).to(device)
 
     def become(self, arm: str) -> None:
         (em3.patch if arm == "patched" else em3.unpatch)(self.model)
@@ -71,12 +69,12 @@ class Step:
         return [p.grad.clone() for p in self.model.parameters()]
 
 
-def training(of: Setting, clock: Callable[[], float] = time.perf_counter) -> list[dict[str, Any]]:
+def training(of: Setting, device: str) -> list[dict[str, Any]]:
     """A row for each arm; they take turns. No time is given for arms that disagree, and none without transformers."""
     label = f"Q={of.queries}, dropout {of.dropout}, B={of.batch}, N={of.tokens}, C={of.token_width}, D={of.width}, H={of.heads}"
     row = {"suite": "patched", "label": label, "layers": of.layers}
     try:
-        step = Step(of)
+        step = Step(of, device)
     except ImportError as error:
         return [row | {"arm": arm, "reason": f"not measured: {error}"} for arm in ARMS]
     grads = {}
@@ -92,9 +90,11 @@ def training(of: Setting, clock: Callable[[], float] = time.perf_counter) -> lis
             step.become(arm)
             trim()
             step()  # finds its own heap, see measure.alternate
-            start = clock()
+            clock = Clock(device)
+            clock.mark()
             step()
-            times[arm].append(clock() - start)
+            clock.mark()
+            times[arm] += clock.seconds()
     return [row | {"arm": arm, "seconds": np.percentile(times[arm], [20, 50, 80]).tolist()} for arm in ARMS]
 
 

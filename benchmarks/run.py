@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,8 +17,13 @@ from .operations import FULL, QUICK
 from .registry import OPERATIONS
 from .results_file import Results
 
+log = logging.getLogger("em3")
 SUITES = (*OPERATIONS, "strategies", "overhead", "end_to_end")
 Progress = Callable[[str, int, int, dict[str, float]], None]
+
+
+class RunError(RuntimeError):
+    """Parts of a run could not be measured; the others were."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +41,7 @@ def dtypes_of(device: str) -> tuple[torch.dtype, ...]:
 
 def units(suites: Sequence[str], table_of_shapes: Path, device: str, quick: bool) -> list[Unit]:
     """What a run consists of: the shapes of each operation, then, unless it must be quick, those of the sweeps; both strategies
-    of all of them; interpreter overhead; training and inference end to end and a patched model, which are measured on a
-    CPU."""
+    of all of them; interpreter overhead; training and inference end to end, and a patched model."""
     every = [shape for shape in shapes.load(table_of_shapes) if shape.quick or not quick]
     chosen = [shape for shape in every if shape.op in suites]
     effort = QUICK if quick else FULL
@@ -53,13 +58,13 @@ def units(suites: Sequence[str], table_of_shapes: Path, device: str, quick: bool
     if "overhead" in suites:
         found += [Unit(f"overhead: {op}", partial(overhead.of_operation, op, device)) for op in OPERATIONS]
         found.append(Unit("overhead: import", overhead.of_import))
-    if "end_to_end" in suites and torch.device(device).type == "cpu":
+    if "end_to_end" in suites:
         sweeps = {"history": (end_to_end.Setting().history,)} if quick else end_to_end.SWEEPS
-        found += [Unit(f"end to end: {over}={at}", partial(end_to_end.training, over, at))
+        found += [Unit(f"end to end: {over}={at}", partial(end_to_end.training, over, at, device))
                   for over, values in sweeps.items() for at in values]  # fmt: skip
-        found.append(Unit("end to end: inference", end_to_end.inference))
+        found.append(Unit("end to end: inference", partial(end_to_end.inference, device)))
         settings = [patched.Setting()] if quick else patched.SETTINGS
-        found += [Unit(f"end to end: patched, Q={of.queries}, dropout {of.dropout}", partial(patched.training, of))
+        found += [Unit(f"end to end: patched, Q={of.queries}, dropout {of.dropout}", partial(patched.training, of, device))
                   for of in settings]  # fmt: skip
     return found
 
@@ -71,15 +76,23 @@ def run(suites: Sequence[str], table_of_shapes: Path, device: str, quick: bool, 
     Raises:
         ShapeError: the file of shapes is not right.
         ResultsError: the folder cannot be used.
+        RunError: at the end, if parts could not be measured; ``resume`` tries them again.
     """
     todo = units(suites, table_of_shapes, device, quick)  # before the folder is made: the file of shapes may be wrong
     results = Results(out, machine.head(device, dtypes_of(device)), resume)
+    failed = []
     try:
         for i, unit in enumerate(todo):
             if not results.has(unit.name):
-                results.add(unit.name, unit.measure())
+                try:
+                    results.add(unit.name, unit.measure())
+                except (RuntimeError, MemoryError) as error:  # mostly of memory, for the inputs or the truth
+                    failed.append(unit.name)
+                    log.warning("%s: not measured: %s", unit.name, " ".join(str(error).split()))
                 table.write(out, results.head, results.rows)
             progress("benchmarks", i + 1, len(todo), {})
     finally:  # a run that is cut off has its page too
         report = page.write(out, results.head, results.rows)
+    if failed:
+        raise RunError(f"{len(failed)} of {len(todo)} parts could not be measured, the others are in {report}: {'; '.join(failed)}")
     return report

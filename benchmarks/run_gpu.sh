@@ -6,22 +6,37 @@
 #          pybind11 for the build; em3 is installed there, editable
 # OUT      folder for tests.txt and for the results in quick/ and full/
 # BUDGET   540 by default
+# RESUME   1 to go on with the results in OUT
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
 out=${OUT:-runs/gpu}
 budget=${BUDGET:-540}
+if [[ -e $out/quick/results.jsonl && ${RESUME:-0} != 1 ]]; then
+    echo "OUT: $out holds results; go on with them by RESUME=1, or name another folder" >&2
+    exit 1
+fi
 mkdir -p "$out"
 
 step() { printf '\n== %s (%d s)\n' "$*" "$SECONDS"; }
 
-# within COMMAND...: stop it, as Ctrl-C would, when the budget is spent. That is no failure.
+# within MOST COMMAND...: stop it, as Ctrl-C would, after MOST seconds or when the budget is spent. That is no failure.
 within() {
     local left=$((budget - SECONDS)) status=0
     ((left > 5)) || { echo "no time is left for it"; return 0; }
-    timeout --signal INT --kill-after 20 "$left" "$@" || status=$?
+    timeout --signal INT --kill-after 20 "$((left < $1 ? left : $1))" "${@:2}" || status=$?
     ((status == 124)) || return "$status"
     echo "stopped when the time was up"
+}
+
+# benchmarks FOLDER OPTIONS...: each suite in a process of its own, lest a kernel that breaks the GPU's context takes those
+# after it along.
+benchmarks() {
+    local suite
+    for suite in qformer_attention lora_target_attention contrastive_loss lora_linear strategies overhead end_to_end; do
+        step "benchmarks, $1: $suite"
+        within "$budget" "$python" -m em3.cli bench "$suite" --device cuda --resume --out "$out/$1" "${@:2}" || failed=1
+    done
 }
 
 step "build"
@@ -29,15 +44,12 @@ step "build"
 "$python" -m em3.cli env | tee "$out/env.txt"
 "$python" -c 'import torch; assert torch.cuda.is_available(), "torch sees no GPU"'
 
-step "GPU tests"
+step "GPU tests, for a third of the time at most"
 failed=0
-within "$python" -m pytest -q tests/gpu 2>&1 | tee "$out/tests.txt" || failed=1
+within "$((budget / 3))" "$python" -m pytest -q tests/gpu 2>&1 | tee "$out/tests.txt" || failed=1
 
-step "benchmarks, quick"
-within "$python" -m em3.cli bench --device cuda --quick --out "$out/quick" || failed=1
-
-step "benchmarks, all"
-within "$python" -m em3.cli bench --device cuda --out "$out/full" || failed=1
+benchmarks quick --quick
+benchmarks full
 
 step "done: $out"
 exit "$failed"

@@ -110,7 +110,7 @@ def test_the_other_suites(tmp_path, swift, monkeypatch):
     monkeypatch.setattr(end_to_end, "REQUESTS", 5)
     monkeypatch.setattr(end_to_end, "Setting", lambda history=4, batch=32, modalities=2: SETTING(history, batch, modalities))
     monkeypatch.setattr(end_to_end, "SWEEPS", {"history": (3, 6), "modalities": (1,)})
-    monkeypatch.setattr(end_to_end, "_peak", lambda arm, setting: {"EM3": 3, "ID-only": 2}[arm] * 2**20)
+    monkeypatch.setattr(end_to_end, "_peak", lambda arm, setting, device: {"EM3": 3, "ID-only": 2}[arm] * 2**20)
     small = patched.Setting(queries=2, batch=2, layers=2, width=8, heads=2, tokens=5, token_width=6)
     monkeypatch.setattr(patched, "SETTINGS", (small, small._replace(queries=3)))
     monkeypatch.setattr(patched, "ROUNDS", 1)
@@ -130,21 +130,45 @@ def test_the_other_suites(tmp_path, swift, monkeypatch):
 def test_a_patched_model_that_is_not_measured(monkeypatch):
     of = patched.Setting(queries=2, batch=2, layers=2, width=8, heads=2, tokens=5, token_width=6)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    rows = patched.training(of)
+    rows = patched.training(of, "cpu")
     assert [row["arm"] for row in rows] == ["transformers", "patched"]
     assert all(row["reason"].startswith("not measured: ") for row in rows)
     monkeypatch.undo()
     pytest.importorskip("transformers")
     monkeypatch.setattr(patched, "_error", lambda got, want: 0.5)
-    assert [row["reason"] for row in patched.training(of)] == ["not timed: the gradients are off by 5e-01"] * 2
+    assert [row["reason"] for row in patched.training(of, "cpu")] == ["not timed: the gradients are off by 5e-01"] * 2
 
 
 SETTING = end_to_end.Setting
 
 
+def test_all_of_a_batch_goes_to_the_device():
+    setting = SETTING(history=5, batch=8, modalities=3)
+    batch = end_to_end.moved(end_to_end.draw(setting, 8), "meta")
+    tensors = [batch.user_id, batch.item, batch.item_id, batch.label, batch.distinct, batch.inverse]
+    for jagged in (batch.history, batch.history_id, *(end_to_end.moved(stream, "meta") for stream in end_to_end.tokens(4, setting))):
+        tensors += [jagged.values(), jagged.offsets()]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert batch.history_age is None
+
+
+def test_what_cannot_be_measured_stops_nothing_else(mine, tmp_path, swift, monkeypatch, caplog):
+    honest = operations.measured
+    monkeypatch.setattr(run.operations, "measured", lambda shape, *rest: honest(shape, *rest) if shape.name == "tiny" else too_large())
+    monkeypatch.setattr(operations.memory, "peak", lambda *about: {"peak": 1, "inputs": 1, "results": 1})
+
+    def too_large():
+        raise RuntimeError("CUDA out of memory:\nTried")
+
+    with pytest.raises(SystemExit, match=r"1 of 2 parts could not be measured, the others are in .*: lora_linear: a"):
+        bench("lora_linear", "contrastive_loss", "--shapes", mine, "--quick", "--out", tmp_path / "out")
+    assert "not measured: CUDA out of memory: Tried" in caplog.text
+    assert "tiny: B=16" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_memory_of_a_step_counts_what_em3_adds():
     setting = SETTING(history=20, batch=256, modalities=1)
-    ours, base = (end_to_end._peak(arm, setting) for arm in end_to_end.ARMS)
+    ours, base = (end_to_end._peak(arm, setting, "cpu") for arm in end_to_end.ARMS)
     assert ours > base > 0
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+SUITES = ("qformer_attention", "lora_linear", "lora_target_attention", "contrastive_loss", "strategies", "overhead", "end_to_end")
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "run_gpu.sh"
 PYTHON = """#!/bin/sh
 echo "$@" >>"$LOG"
@@ -23,13 +24,13 @@ def go(tmp_path):
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is not here")
 
-    def run(slow: str = "nothing", broken: str = "nothing", budget: int = 60) -> tuple[int, list[str]]:
+    def run(slow: str = "nothing", broken: str = "nothing", budget: int = 60, resume: str = "") -> tuple[int, list[str]]:
         python, log = tmp_path / "python", tmp_path / "log"
         python.write_text(PYTHON.format(slow=slow, broken=broken))
         python.chmod(0o755)
-        environment = os.environ | {"PYTHON": str(python), "LOG": str(log), "OUT": str(tmp_path / "out"), "BUDGET": str(budget)}
+        environment = os.environ | {"PYTHON": str(python), "LOG": str(log), "OUT": str(tmp_path / "out"), "BUDGET": str(budget), "RESUME": resume}
         status = subprocess.run(["bash", str(SCRIPT)], env=environment, capture_output=True).returncode
-        return status, log.read_text().splitlines()
+        return status, log.read_text().splitlines() if log.exists() else []
 
     return run
 
@@ -37,23 +38,43 @@ def go(tmp_path):
 def test_build_tests_then_the_shortest_set_first(go):
     status, asked = go()
     assert status == 0
-    assert [line.split()[1] for line in asked] == ["pip", "em3.cli", "import", "pytest", "em3.cli", "em3.cli"]
+    assert [line.split()[1] for line in asked] == ["pip", "em3.cli", "import", "pytest", *["em3.cli"] * 2 * len(SUITES)]
     assert "--no-index" in asked[0]
-    assert "--quick" in asked[4]
-    assert "--quick" not in asked[5]
+    quick, full = asked[4 : 4 + len(SUITES)], asked[4 + len(SUITES) :]
+    assert {line.split()[3] for line in quick} == {line.split()[3] for line in full} == set(SUITES)
+    assert all("--device cuda --resume" in line for line in (*quick, *full))
+    assert ["--quick" in line for line in (*quick, *full)] == [True] * len(SUITES) + [False] * len(SUITES)
+
+
+def test_what_is_there_is_not_taken_for_new(go, tmp_path):
+    (tmp_path / "out" / "quick").mkdir(parents=True)
+    (tmp_path / "out" / "quick" / "results.jsonl").write_text("{}")
+    assert go() == (1, [])
+    assert len(go(resume="1")[1]) == 4 + 2 * len(SUITES)
+
+
+def test_tests_leave_time_for_the_benchmarks(go):
+    status, asked = go(slow="tests/gpu", budget=15)
+    assert status == 0
+    assert len(asked) > 4 + len(SUITES)
 
 
 def test_it_stops_in_time_without_failing(go):
     start = time.monotonic()
     status, asked = go(slow="--quick", budget=8)
     assert status == 0
-    assert len(asked) == 5  # no time was left for the last
+    assert len(asked) == 5  # no time was left for what follows
     assert time.monotonic() - start < 25
 
 
 def test_what_fails_is_told_at_the_end_and_stops_nothing_but_the_build(go):
-    status, asked = go(broken="pytest")
-    assert (status, len(asked)) == (1, 6)
+    status, asked = go(broken="tests/gpu")
+    assert (status, len(asked)) == (1, 4 + 2 * len(SUITES))
+
+
+def test_a_suite_that_fails_stops_no_other(go):
+    status, asked = go(broken="contrastive_loss")
+    assert (status, len(asked)) == (1, 4 + 2 * len(SUITES))
 
 
 def test_without_a_build_there_is_nothing_to_measure(go):
