@@ -9,13 +9,18 @@ import pytest
 import torch
 
 import em3
-from em3.benchmarks import registry
+from em3.benchmarks import forms, memory, registry, shapes
+from em3.ops.lora_target_attention import cheaper
 
 from . import guard
 
 REPEATS = 3  # of the memory when floors are set
 OPTIONS = 1.15  # what masked duplicates, logQ and weights may cost together
 SET = "set them by `EM3_SET_FLOORS=1 pytest benchmarks`, once while the machine is idle and once while it is busy"
+LONGER = 11.0  # what a history of 10,000 may cost beside one of 1,000
+NEAR = 1.1  # two forms that differ by less are equally good choices
+TARGET = registry.OPERATIONS["lora_target_attention"]
+HISTORY = {"B": 8, "C": 64, "D": 64, "H": 4, "R": 8, "Q": 1, "bank": 100_000, "lengths": "full"}
 
 
 def names(shapes):
@@ -95,3 +100,53 @@ def test_what_recommenders_need_costs_little(b):
     if cost > OPTIONS:
         cost = min(cost, ratio(), ratio())
     assert cost <= OPTIONS, f"with item_ids, log_q and weight a step took {cost:.2f} times as long three times in a row"
+
+
+def step_of_target(inputs, **options):
+    """Seconds of forward and backward."""
+    start = time.process_time()
+    out = em3.ops.lora_target_attention(
+        history=em3.Jagged(inputs["ids"], inputs["offsets"]), **options,
+        **{name: value for name, value in inputs.items() if name not in ("ids", "offsets")},
+    )  # fmt: skip
+    torch.autograd.grad(out, list(forms.leaves(inputs).values()), torch.ones_like(out))
+    return time.process_time() - start
+
+
+def test_a_history_costs_what_its_length_says():
+    short, long = (TARGET.make(HISTORY | {"N": n}, "cpu", torch.float32) for n in (1_000, 10_000))
+
+    def ratio():
+        return statistics.median([step_of_target(long) / step_of_target(short) for _ in range(guard.ROUNDS)][2:])
+
+    cost = ratio()
+    if cost > LONGER:
+        cost = min(cost, ratio(), ratio())
+    assert cost <= LONGER, f"a history of 10,000 cost {cost:.2f} times one of 1,000 three times in a row"
+
+
+def test_memory_does_not_grow_with_the_history():
+    """Keys and values are not formed, and rows not gathered: what grows is less than a tenth of either."""
+    short, long = (
+        memory.peak(TARGET.name, HISTORY | {"N": n}, "em3", "cpu", "float32", threads=2)["peak"] for n in (1_000, 5_000)
+    )
+    keys = 4_000 * HISTORY["B"] * HISTORY["D"] * 4
+    assert long - short < keys / 10, f"4,000 more places raised the peak from {short} to {long} bytes; their keys have {keys}"
+
+
+def test_the_cost_model_takes_the_faster_form_for_candidates():
+    """Of at least 95% of the shapes: those of the table, and around where projecting begins to pay."""
+    table = [shape.dims for shape in shapes.load() if shape.op == TARGET.name and shape.dims["B"] * shape.dims["N"] <= 16_000]
+    for b, n, d, h in ((1, 1_000, 128, 4), (1, 200, 256, 4), (4, 500, 64, 4), (1, 200, 512, 8)):
+        of = HISTORY | {"B": b, "N": n, "C": d, "D": d, "H": h, "bank": 20_000}
+        table += [of | {"Q": q} for q in (4, 32, 128, 256)]
+    wrong = []
+    for dims in table:
+        inputs = TARGET.make(dims, "cpu", torch.float32)
+        picked = cheaper(len(inputs["ids"]), dims["B"], inputs["bank"], dims["Q"], dims["H"], dims["D"])
+        other = "absorb" if picked == "project" else "project"
+        times = [[step_of_target(inputs, strategy=way) for way in (picked, other)] for _ in range(7)]
+        loss = statistics.median(ours / theirs for ours, theirs in times[2:])
+        if loss > NEAR:
+            wrong.append(f"{dims}: {picked} took {loss:.2f} times as long")
+    assert len(wrong) <= 0.05 * len(table), "; ".join(wrong)

@@ -207,7 +207,8 @@ static void backward_tile(const BackwardJob& job, BackwardState& st, int m, cons
     if (s.dx != nullptr) token_gradient(job, st, m, r0, width, rows, at);
     if (s.du == nullptr) continue;
     const Ahead ahead = r0 == 0 ? tile.ahead : Ahead{};
-    Update g{st.w, at.ld, tile.n, tile.rows, st.du[m] + r0, nullptr, nullptr, st.touched[m], nullptr, {}};
+    Update g{st.w, at.ld, tile.n, tile.rows, st.du[m] + r0, nullptr, nullptr, st.touched[m], nullptr, {},
+             r0 == 0 && tile.looked_up ? tile.next : nullptr, bytes_of(tokens.storage)};
     if (job.shape.pairs) {
       join_floats(st.w, tile.n, 2 * width, width, st.w);
       g.k = (tile.n + 1) / 2;

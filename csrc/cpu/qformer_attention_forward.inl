@@ -132,7 +132,8 @@ static void forward_tile(const ForwardJob& job, ForwardState& st, int m, const T
     const Soon soon{first ? st.y[m] + r0 : nullptr, job.shape.Q * C};
     const int64_t rows = smaller(kBlock, K - r0);
     const Ahead ahead = r0 == 0 ? tile.ahead : Ahead{};
-    Update g{st.s, ld, tile.n, tile.rows, st.y[m] + r0, st.owed[m] + r0, last ? st.inverse + r0 : nullptr, !first, nullptr, soon};
+    Update g{st.s, ld, tile.n, tile.rows, st.y[m] + r0, st.owed[m] + r0, last ? st.inverse + r0 : nullptr, !first, nullptr, soon,
+             r0 == 0 && tile.looked_up ? tile.next : nullptr, bytes_of(tokens.storage)};
     if (pairs) {
       join_floats(st.s, tile.n, ld, ld, st.s);
       g.k = (tile.n + 1) / 2;

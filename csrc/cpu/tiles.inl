@@ -192,6 +192,8 @@ struct Update {
   bool load;
   const float* packed;  // the full panels of b, [k, kPanel] each, or null
   Soon soon;
+  const uintptr_t* next;  // [k] rows that b will be next, brought into the level-2 cache meanwhile; null = none
+  int64_t next_size;      // bytes of their elements
 };
 
 // The columns of one register tile: both vectors of a panel in place, or from g.packed; one vector, or `tail` floats of it.
@@ -212,7 +214,12 @@ EM3_NOINLINE static void update_tile(const Update& g, int64_t row, int64_t col, 
     }
   }
   const float* a = g.a + row;
+  const uintptr_t* const next = row == 0 ? g.next : nullptr;
+  const uintptr_t at = static_cast<uintptr_t>(col * g.next_size);
   for (int64_t k = 0; k < g.k; ++k, a += g.lda) {
+    if (next != nullptr) {  // one by one: memory answers as many at a time as it is asked
+      for (int byte = 0; byte < kPanel * 4; byte += 64) EM3_PREFETCH(next[k] + at + static_cast<uintptr_t>(byte));
+    }
     const float* b = S == Strip::packed ? g.packed + col * g.k + k * kPanel : g.b[k] + col;
     V bv[NV];
     for (int j = 0; j < NV; ++j) bv[j] = S == Strip::part ? load_part(b, tail) : load(b + j * kVec);

@@ -7,6 +7,7 @@ struct Tokens {
   bool pairs;            // rows are left in bf16, and taken for C / 2 floats
   const uint8_t* mask;
   const int64_t* lookup;
+  int64_t places;  // from here on to the end of the history of all items
   int64_t x_rows;
   int64_t present;
   int64_t first;  // row of token 0 in a contiguous x (where dx goes)
@@ -33,6 +34,7 @@ static Tokens item_tokens(const TokenStream& s, int64_t b, const Shape& shape) {
   t.bias = s.bias == nullptr ? nullptr : s.bias + begin * shape.H;
   if (s.lookup != nullptr) {
     t.lookup = s.lookup + begin;
+    t.places = (s.offsets != nullptr ? s.n : shape.B * s.n) - begin;
     t.x_rows = s.x_rows;
   } else {
     const int64_t item = b * s.item_stride * bytes_of(s.storage);
@@ -55,6 +57,8 @@ struct Tile {
   int64_t* index;      // [n] token numbers within the item
   const float** joined;  // [(n + 1) / 2] rows of pairs: column c of tokens 2 i and 2 i + 1
   Ahead ahead;         // where the next tile probably is
+  uintptr_t* next;     // [n] its rows, of tokens that are looked up
+  bool looked_up;
 };
 
 // The most tokens a tile may hold: its rows take a quarter of a 1 MB level-2 cache.
@@ -129,7 +133,12 @@ static int64_t next_tile(const Tokens& t, int64_t from, int64_t want, bool one_b
   }
   tile.n = n;
   tile.ahead = {};
+  tile.looked_up = t.lookup != nullptr;
   if (n == 0) return from;
+  for (int64_t i = 0; tile.looked_up && i < n; ++i) {  // of this item or of the next
+    const int64_t row = from + i < t.places ? t.lookup[from + i] : -1;
+    tile.next[i] = row >= 0 && row < t.x_rows ? t.x + static_cast<uintptr_t>(row * t.stride) : t.x;
+  }
   const bool run = t.lookup == nullptr && tile.index[n - 1] - tile.index[0] == n - 1;
   if (run) tile.ahead = {t.row(tile.index[0]) + static_cast<uintptr_t>(n * t.stride), t.stride, n, bytes_of(t.storage)};
   const bool floats = t.pairs || t.storage == Storage::f32;
@@ -192,6 +201,7 @@ static TileScratch make_tile_scratch(Arena& arena, const Shape& shape, const Str
   s.tile.joined = arena.array<const float*>(shape.pairs ? (rows + 1) / 2 : 0);
   s.tile.rows = arena.array<const float*>(rows);
   s.tile.index = arena.array<int64_t>(rows);
+  s.tile.next = arena.array<uintptr_t>(rows);
   s.tile.n = rows;
   return s;
 }

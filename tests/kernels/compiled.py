@@ -198,11 +198,11 @@ def cases(op: str) -> Iterator[Case]:
         yield from splitting()
     if op == "lora_linear":
         yield from adapters()
-        yield from adapters(dropped=True)
+        yield from adapters((*half, *full), dropped=True)
         yield from adapters(half, mixed=False)
         yield from adapters(full, precision="tf32")
-        yield from adapters(odd=True, ranks=(5, 77))
-        yield from adapters(dtypes=(*half, *full), forms="forward backward", rows=16)
+        yield from adapters((*half, *full), odd=True, ranks=(5, 77))
+        yield from adapters((*half, *full), forms="forward backward", rows=16)
         yield from adapters((*half, *full), forms="add_up")
 
 
