@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <deque>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -35,17 +36,17 @@ using Sizes = std::vector<std::int64_t>;
 class Tensor {
  public:
   Tensor(const pybind11::handle& tensor, std::string name) : name_(std::move(name)) {
-    const auto text = [&](const char* attribute) { return pybind11::str(tensor.attr(attribute)).cast<std::string>(); };
-    dtype_ = text("dtype");
-    const std::string device = text("device");
-    if (device != "cpu") fail("on " + device, "on cpu");
+    if (!tensor.attr("is_cpu").cast<bool>()) {
+      fail("on " + pybind11::str(tensor.attr("device")).cast<std::string>(), "on cpu");
+    }
+    dtype_ = &text_of(tensor.attr("dtype"));
     shape_ = tensor.attr("shape").cast<Sizes>();
     strides_ = tensor.attr("stride")().cast<Sizes>();
     address_ = tensor.attr("data_ptr")().cast<std::uintptr_t>();
   }
 
   const Sizes& shape() const { return shape_; }
-  const std::string& dtype() const { return dtype_; }
+  const std::string& dtype() const { return *dtype_; }
 
   // The stride of a dimension in elements. That of a dimension of size 1 or 0 says nothing, and is 0 here.
   std::int64_t stride(std::size_t dim) const { return shape_[dim] > 1 ? strides_[dim] : 0; }
@@ -61,7 +62,7 @@ class Tensor {
   template <class T>
   T* rows(const Sizes& shape) const {
     static_assert(kDtype<T> != nullptr, "a dtype that no kernel takes");
-    if (dtype_ != kDtype<T>) fail(dtype_, kDtype<T>);
+    if (*dtype_ != kDtype<T>) fail(*dtype_, kDtype<T>);
     return static_cast<T*>(rows_of_any(shape));
   }
 
@@ -100,7 +101,19 @@ class Tensor {
     return text + "]";
   }
 
-  std::string name_, dtype_;
+  // Of the few objects that torch has for dtypes, remembered: to have each tensor's written out took a third of the time of
+  // a call of few small ones. Under the GIL.
+  static const std::string& text_of(const pybind11::object& dtype) {
+    static auto& known = *new std::deque<std::pair<pybind11::object, std::string>>();  // never freed: Python may be gone
+    for (const auto& entry : known) {
+      if (entry.first.is(dtype)) return entry.second;
+    }
+    known.emplace_back(dtype, pybind11::str(dtype).cast<std::string>());
+    return known.back().second;
+  }
+
+  std::string name_;
+  const std::string* dtype_ = nullptr;
   Sizes shape_, strides_;
   std::uintptr_t address_ = 0;
 };

@@ -101,13 +101,15 @@ def offsets_content(offsets: Tensor, total: int, name: str) -> None:
     """``offsets`` start at 0, never decrease and stay within ``total`` rows."""
     if not looks(offsets):
         return
-    first, last = int(offsets[0]), int(offsets[-1])
+    read = offsets.detach().cpu().numpy()  # numpy's calls take a fifth of torch's time, and small batches feel it
+    first, last = int(read[0]), int(read[-1])
     if first != 0:
         raise ValueError(f"{name}: began with {first}, must begin with 0")
-    if bool((offsets[1:] < offsets[:-1]).any()):
-        where = int((offsets[1:] < offsets[:-1]).nonzero()[0])
+    falls = read[1:] < read[:-1]
+    if falls.any():
+        where = int(falls.argmax())
         raise ValueError(
-            f"{name}: fell from {int(offsets[where])} to {int(offsets[where + 1])} at entry {where + 1}, "
+            f"{name}: fell from {int(read[where])} to {int(read[where + 1])} at entry {where + 1}, "
             "must not decrease"
         )
     if last > total:
@@ -132,6 +134,23 @@ def no_second_order(op: str) -> None:
         raise RuntimeError(f"em3.ops.{op} has no second-order gradients")
 
     torch.library.register_autograd(f"em3::{op}_backward", refuse)
+
+
+class NoSecondOrder(torch.autograd.Function):
+    """First-order gradients that have none of their own, of an operation that is one step of autograd: ``op``, the upstream
+    gradient, the inputs and as many gradients -> the gradients. Without this the next ones would be zero, or wrong, silently.
+
+    They depend on the inputs even where the upstream gradient is a constant, as that of ``loss.backward()`` is.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, op: str, upstream: Tensor, *inputs_and_grads: Tensor | None) -> Any:
+        ctx.op = op
+        return tuple(None if g is None else g.clone() for g in inputs_and_grads[len(inputs_and_grads) // 2 :])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> NoReturn:
+        raise RuntimeError(f"em3.ops.{ctx.op} has no second-order gradients")
 
 
 def autocast_is_on(device: torch.device) -> bool:

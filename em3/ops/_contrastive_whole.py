@@ -7,12 +7,12 @@ less than a second call.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _dispatch
+from . import _checks, _dispatch
 
 # Logits. Forward and backward, AVX2, one thread's processor time on a busy machine, in turns, ms: the full matrix with two
 # cross entropies, the operators with autograd around them, this call. V=128, B=2: 0.32, 0.84, 0.20; 64: 0.44, 1.08, 0.32;
@@ -81,21 +81,5 @@ class _Whole(torch.autograd.Function):
             for g, like in zip(ctx.saved_tensors, ctx.like, strict=True)
         ]
         if torch.is_grad_enabled():  # under create_graph
-            grads = list(_NoSecondOrder.apply(grad, *ctx.inputs, *grads))
+            grads = list(_checks.NoSecondOrder.apply("contrastive_loss", grad, *ctx.inputs, *grads))
         return None, *grads, None, None, None, None, None
-
-
-class _NoSecondOrder(torch.autograd.Function):
-    """First-order gradients that have none of their own; without this those would be zero, or wrong, silently.
-
-    They depend on the inputs even where the upstream gradient is a constant, as that of ``loss.backward()`` is.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, upstream: Tensor, *inputs_and_grads: Tensor | None) -> Any:
-        grads = inputs_and_grads[len(inputs_and_grads) // 2 :]
-        return tuple(None if g is None else g.clone() for g in grads)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> NoReturn:
-        raise RuntimeError("em3.ops.contrastive_loss has no second-order gradients")

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..jagged import Jagged
 from . import _checks
-from .qformer_attention import absorbed_keys, check_call, check_content, heads_of, parse, per_stream
+from ._qformer_operator import check_content
+from .qformer_attention import absorbed_keys, check_call, heads_of, parse, per_stream
 
 
 @torch.no_grad()

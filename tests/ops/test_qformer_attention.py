@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import em3
 from em3 import reference
-from em3.ops import _checks
+from em3.ops import _checks, _qformer_operator
 from em3.ops.qformer_attention import cheaper
 from tests import oracle
 
@@ -179,13 +179,15 @@ def test_same_bits_twice(strategy, backend):
 
 
 @pytest.mark.parametrize("backend", oracle.backends("qformer_attention"))
-def test_frozen_tokens_get_no_gradient(backend, monkeypatch):
+@pytest.mark.parametrize("step", [True, False], ids=["step", "operator"])
+def test_frozen_tokens_get_no_gradient(backend, step, monkeypatch):
     """A frozen token store costs no dX: the backend is told not to compute it, and makes no tensor for it."""
-    args = oracle.convert(make(2, 2, 2, 4, [8, 8], [5, [3, 4]]), torch.float32)
+    args = oracle.convert(make(2, 2, 2, 4, [8, 8], [5, [3, 4]]), torch.float32 if step else torch.bfloat16)
     args["values"][1] = args["values"][1].detach()
     asked = []
-    real = torch.ops.em3.qformer_attention_backward
-    monkeypatch.setattr(torch.ops.em3, "qformer_attention_backward", lambda *a: asked.append((a, real(*a))) or asked[-1][1])
+    where, name = (_qformer_operator, "backward") if step else (torch.ops.em3, "qformer_attention_backward")
+    real = getattr(where, name)
+    monkeypatch.setattr(where, name, lambda *a: asked.append((a, real(*a))) or asked[-1][1])
     oracle.run(op("absorb", backend), args, 0)
     (given_args, (_, _, _, dvalues)) = asked[0]
     assert given_args[-4] == [True, False]
