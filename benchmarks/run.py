@@ -79,9 +79,7 @@ def run(suites: Sequence[str], table_of_shapes: Path, device: str, quick: bool, 
         RunError: at the end, if parts could not be measured; ``resume`` tries them again.
     """
     todo = units(suites, table_of_shapes, device, quick)  # before the folder is made: the file of shapes may be wrong
-    if not todo:
-        mark = " marked `quick: true`, as --quick asks for" if quick else ""
-        raise shapes.ShapeError(f"{table_of_shapes}: must hold a shape of {' or '.join(suites)}{mark}; there is none")
+    shapes.there_must_be(todo, table_of_shapes, suites, quick)
     results = Results(out, machine.head(device, dtypes_of(device)), resume)
     failed = []
     try:

@@ -191,6 +191,7 @@ def test_complaints(words, complaint, tmp_path):
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [(["lora_linear"], "must hold a shape of lora_linear; there is none"),
+     (["compare", "HEAD", "lora_linear"], "must hold a shape of lora_linear; there is none"),
      (["contrastive_loss", "--quick"], "must hold a shape of contrastive_loss marked `quick: true`, as --quick asks for; there is none")],
 )  # fmt: skip
 def test_shapes_of_which_none_is_meant(words, complaint, tmp_path):
