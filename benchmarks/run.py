@@ -74,11 +74,12 @@ def run(suites: Sequence[str], table_of_shapes: Path, device: str, quick: bool, 
     """Measure what is not measured yet; returns the path of the report.
 
     Raises:
-        ShapeError: the file of shapes is not right.
+        ShapeError: the file of shapes is not right, or holds nothing that was asked for.
         ResultsError: the folder cannot be used.
         RunError: at the end, if parts could not be measured; ``resume`` tries them again.
     """
     todo = units(suites, table_of_shapes, device, quick)  # before the folder is made: the file of shapes may be wrong
+    shapes.there_must_be(todo, table_of_shapes, suites, quick)
     results = Results(out, machine.head(device, dtypes_of(device)), resume)
     failed = []
     try:

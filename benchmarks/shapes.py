@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,13 @@ def load(path: Path = TABLE) -> list[Shape]:
         if names.count((op, name)) > 1:
             raise ShapeError(f"{path}: {op}: the name {name!r} was given twice, must be given once")
     return shapes
+
+
+def there_must_be(found: Sequence[Any], file: Path, ops: Sequence[str], quick: bool) -> None:
+    """Raises ShapeError if nothing was found in a file for these operations or suites."""
+    if not found:
+        mark = " marked `quick: true`, as --quick asks for" if quick else ""
+        raise ShapeError(f"{file}: must hold a shape of {' or '.join(ops)}{mark}; there is none")
 
 
 def _known(word: Any, known: tuple[str, ...], complaint: str) -> None:

@@ -74,6 +74,7 @@ def _compare(args: argparse.Namespace, suites: Sequence[str], table: Path, devic
     from em3.benchmarks.measure import name_of
 
     chosen = [shape for shape in shapes.load(table) if shape.op in suites and not shape.sweep and (shape.quick or not args.quick)]
+    shapes.there_must_be(chosen, table, suites, args.quick)
     dtype = name_of(run.dtypes_of(device)[0])
     path: Path = compare.compare(args.what[1], chosen, device, dtype, folder, progress)
     return path

@@ -188,6 +188,20 @@ def test_complaints(words, complaint, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [(["lora_linear"], "must hold a shape of lora_linear; there is none"),
+     (["compare", "HEAD", "lora_linear"], "must hold a shape of lora_linear; there is none"),
+     (["contrastive_loss", "--quick"], "must hold a shape of contrastive_loss marked `quick: true`, as --quick asks for; there is none")],
+)  # fmt: skip
+def test_shapes_of_which_none_is_meant(words, complaint, tmp_path):
+    (tmp_path / "mine.yaml").write_text("contrastive_loss: [{name: tiny, B: 16, V: 8}]")
+    with pytest.raises(SystemExit) as stop:
+        bench(*words, "--shapes", tmp_path / "mine.yaml", "--out", tmp_path / "out")
+    assert complaint in str(stop.value)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_machine_with_a_gpu_is_measured_on_both(mine, tmp_path, monkeypatch):
     """The GPU is made up: what is asked of it is written down."""
     asked = []
