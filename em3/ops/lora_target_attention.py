@@ -76,9 +76,9 @@ def lora_target_attention(target: Tensor, history: Any, bank: Tensor, w_q: Tenso
     adapted by LoRA (Hu et al., arXiv 2106.09685) as in EM3 (arXiv 2404.06078); the k best of a long history as in SIM
     (Pi et al., arXiv 2006.05639).
     """
-    if not isinstance(bank, Tensor):
-        raise ValueError(f"bank: was {type(bank).__name__}, must be a tensor [n, C]; of a ContentBank give its rows")
-    ids, offsets, batch = _parse(history)
+    _checks.tensor(target, "target", " [B, D] or [B, M, D]")
+    _checks.tensor(bank, "bank", " [n, C]; of a ContentBank give its rows")
+    ids, offsets, batch = parse_history(history)
     loras = [_parse_lora(lora, name) for lora, name in ((lora_k, "lora_k"), (lora_v, "lora_v"))]
     target, w_q, w_k, w_v, w_o, *low = _checks.autocast(
         target, w_q, w_k, w_v, w_o, *(t for lora in loras for t in (lora or [None, None])[:2]), device=target.device
@@ -203,7 +203,7 @@ def _projected_rows(x: Tensor, weight: Tensor, lora: Lora | None) -> Tensor:
     return lora_linear(x, weight, None, lora[0], lora[1], scaling=lora[2], backend="torch")
 
 
-def _parse(history: Any) -> tuple[Tensor, Tensor | None, int]:
+def parse_history(history: Any) -> tuple[Tensor, Tensor | None, int]:
     """Row numbers ``[B, N]`` or ``[T]``, offsets of a jagged history, and ``B``."""
     jagged = split_jagged(history, "history")
     ids, offsets = (history, None) if jagged is None else jagged
