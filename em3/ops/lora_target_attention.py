@@ -35,8 +35,8 @@ def lora_target_attention(target: Tensor, history: Any, bank: Tensor, w_q: Tenso
 
     ``pooling`` says how scores become weights: ``"softmax"``; ``"din"``, the sigmoid of each score, not normalised: ten
     events that match weigh ten times as much as one (in DIN the weights are not normalised either, and not bounded);
-    ``"top_k"``, the softmax over the ``top_k`` best scores of each head, which scores equal to the last of them join. The
-    choice of the best has no gradient, and scores that are equal but for rounding may go either way.
+    ``"top_k"``, the softmax over the ``top_k`` best scores of each head, which scores equal to the last of them join, equal
+    but for rounding too: so an item that a history names twice counts twice or not at all. The choice has no gradient.
 
     ``strategy="absorb"`` folds the adapted key projection into the target's query, reads each history row once and
     projects what was read: no row of the history is ever projected. ``"project"`` is the formula as written, and the
