@@ -26,6 +26,8 @@ class Jagged:
 
     def __init__(self, values: Tensor, offsets: Tensor) -> None:
         check_offsets_form(offsets, "offsets")
+        if not isinstance(values, Tensor):
+            raise ValueError(f"values: was {type(values).__name__}, must be a tensor [T, ...]")
         if values.dim() < 1:
             raise ValueError("values: was a 0-dimensional tensor, must be [T, ...]")
         self._values = values
@@ -40,8 +42,14 @@ class Jagged:
     @classmethod
     def from_sequences(cls, sequences: list[Tensor]) -> Jagged:
         """Join ``B >= 1`` tensors ``[N_b, ...]`` that agree in everything but their length."""
-        if not sequences:
-            raise ValueError("sequences: was empty, must hold at least one tensor")
+        if not isinstance(sequences, (list, tuple)) or not sequences:
+            was = "empty" if isinstance(sequences, (list, tuple)) else type(sequences).__name__
+            raise ValueError(f"sequences: was {was}, must be a list of at least one tensor [N_b, ...]")
+        for i, s in enumerate(sequences):
+            if not isinstance(s, Tensor) or not s.dim() or s.shape[1:] != sequences[0].shape[1:]:
+                was = str(list(s.shape)) if isinstance(s, Tensor) else type(s).__name__
+                rest = ", ".join(map(str, sequences[0].shape[1:])) if i else "..."
+                raise ValueError(f"sequences[{i}]: was {was}, must be a tensor [N, {rest}]")
         lengths = torch.tensor([0] + [len(s) for s in sequences], device=sequences[0].device)
         return cls(torch.cat(sequences), lengths.cumsum(0))
 
@@ -105,9 +113,10 @@ def parse_stream(source: Any, mask: Tensor | None, name: str, mask_name: str) ->
         return Stream(values, offsets, None)
     if source.dim() != 3:
         raise ValueError(f"{name}: was {list(source.shape)}, must be padded [B, N, C] or jagged")
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != source.shape[:2]):
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == source.shape[:2]):
+        was = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
-            f"{mask_name}: was {mask.dtype} {list(mask.shape)}, must be torch.bool {list(source.shape[:2])} "
+            f"{mask_name}: was {was}, must be torch.bool {list(source.shape[:2])} "
             "(True = a real token)"
         )
     return Stream(source, None, mask)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..jagged import split_jagged
+from ..ops.lora_target_attention import parse_history
 
 
 def positions(history: Any) -> Tensor:
@@ -15,14 +15,13 @@ def positions(history: Any) -> Tensor:
 
     Of a padded one ``[B, N]`` the places behind the last item are none.
     """
-    jagged = split_jagged(history, "history")
-    if jagged is None:
-        if not history.shape[1]:
-            return torch.zeros_like(history, dtype=torch.int64)
-        place = torch.arange(history.shape[1], device=history.device)
-        last = torch.where(history >= 0, place, -1).amax(1, keepdim=True)  # [B, 1]
+    ids, offsets, _ = parse_history(history)
+    if offsets is None:
+        if not ids.shape[1]:
+            return torch.zeros_like(ids)
+        place = torch.arange(ids.shape[1], device=ids.device)
+        last = torch.where(ids >= 0, place, -1).amax(1, keepdim=True)  # [B, 1]
         return (last - place).clamp(min=0)
-    ids, offsets = jagged
     place = torch.arange(ids.shape[0], device=ids.device)
     user = torch.searchsorted(offsets, place, right=True).clamp(max=offsets.shape[0] - 1)  # plus 1
     return (offsets.index_select(0, user) - 1 - place).clamp(min=0)  # 0 behind the last offset, which nobody reads

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..ops import ContrastiveMetrics, contrastive_loss, contrastive_metrics
+from ..ops import ContrastiveMetrics, _checks, contrastive_loss, contrastive_metrics
 from ..ops import _contrastive_checks as check
+from ..ops._contrastive_terms import DIRECTIONS
+from . import _given
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -46,6 +48,10 @@ class ContentIDContrastiveLoss(nn.Module):
                  backend: str | None = None) -> None:  # fmt: skip
         super().__init__()
         check.kind_options(kind, init_logit_bias if kind == "sigmoid" else None, label_smoothing)
+        _checks.one_of(duplicates, check.DUPLICATES, "duplicates")
+        _checks.one_of(direction, DIRECTIONS, "direction")
+        _checks.one_of(reduction, check.REDUCTIONS, "reduction")
+        _given.choices("auto", backend)
         init_logit_scale = INIT_LOGIT_SCALE[kind] if init_logit_scale is None else init_logit_scale
         if not 0 < init_logit_scale <= max_logit_scale:
             raise ValueError(
@@ -76,6 +82,7 @@ class ContentIDContrastiveLoss(nn.Module):
 
         ``group`` is given here and not kept: a module that holds a process group cannot be copied or saved.
         """
+        self._check(content)
         if self.training:
             with torch.no_grad():
                 self.log_scale.clamp_(max=math.log(self.max_logit_scale))
@@ -90,10 +97,15 @@ class ContentIDContrastiveLoss(nn.Module):
                 log_q: Tensor | None = None, weight: Tensor | None = None, negatives: Tensor | None = None,
                 group: ProcessGroup | None = None) -> ContrastiveMetrics:  # fmt: skip
         """Accuracy@1 and the mean rank of the positive for what ``forward`` was given: :func:`em3.ops.contrastive_metrics`."""
+        self._check(content)
         return contrastive_metrics(
             content, ids_embedding, item_ids=item_ids, duplicates=self.duplicates, logit_scale=self.logit_scale,
             log_q=log_q, weight=weight, negatives=negatives, direction=self.direction, normalize=self.normalize, group=group,
         )  # fmt: skip
+
+    def _check(self, content: Tensor) -> None:
+        _checks.tensor(content, "content", " [B, V]")
+        _given.on_device(content, "content", self.log_scale)
 
     def extra_repr(self) -> str:
         of_kind = f"label_smoothing={self.label_smoothing}"

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..jagged import Jagged
+from . import _given
 from .mean_tokens import MeanTokens
 from .qformer_attention import QFormerAttention
 
@@ -55,9 +56,13 @@ class FusionQFormer(nn.Module):
                  dropout: float = 0.0, attention_dropout: float = 0.0, mean_residual: bool = False,
                  strategy: str = "auto", backend: str | None = None) -> None:  # fmt: skip
         super().__init__()
-        for name, value in dict(num_queries=num_queries, num_layers=num_layers, cross_every=cross_every).items():
-            if value < 1:
-                raise ValueError(f"{name}: was {value}, must be at least 1")
+        _given.heads(num_heads, dim)
+        out_dim, ffn_dim = dim if out_dim is None else out_dim, 4 * dim if ffn_dim is None else ffn_dim
+        counts = dict(num_queries=num_queries, num_layers=num_layers, cross_every=cross_every, out_dim=out_dim, ffn_dim=ffn_dim)
+        for name, value in counts.items():
+            _given.size(name, value)
+        for name, share in dict(dropout=dropout, attention_dropout=attention_dropout).items():
+            _given.probability(name, share)
         if norm not in ("pre", "post"):
             raise ValueError(f"norm: was {norm!r}, must be 'pre' or 'post'")
         self.dropout = dropout
@@ -65,15 +70,15 @@ class FusionQFormer(nn.Module):
         self.norm_query = nn.LayerNorm(dim, norm_eps) if query_norm else None
         self.layers = nn.ModuleList(
             FusionLayer(
-                token_dims if i % cross_every == 0 else None, dim, num_heads, 4 * dim if ffn_dim is None else ffn_dim,
-                norm, norm_eps, dropout, attention_dropout, strategy, backend,
+                token_dims if i % cross_every == 0 else None, dim, num_heads, ffn_dim, norm, norm_eps,
+                dropout, attention_dropout, strategy, backend,
             )
             for i in range(num_layers)
         )  # fmt: skip
         # After post-norm layers this is the last of theirs once more, which costs nothing that could be measured.
         self.norm = nn.LayerNorm(dim, norm_eps) if final_norm else nn.Identity()
-        self.out = nn.Linear(num_queries * dim, dim if out_dim is None else out_dim)
-        self.mean = MeanTokens(token_dims, self.out.out_features) if mean_residual else None
+        self.out = nn.Linear(num_queries * dim, out_dim)
+        self.mean = MeanTokens(token_dims, out_dim) if mean_residual else None
         nn.init.normal_(self.query, std=dim**-0.5)
 
     def queries(self, streams: Any, masks: Sequence[Tensor | None] | None = None) -> Tensor:

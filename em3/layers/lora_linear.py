@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.lora_linear import lora_linear
+from . import _given
 
 
 class LoRALinear(nn.Module):
@@ -36,6 +37,8 @@ class LoRALinear(nn.Module):
                  train_base: bool = False, backend: str | None = None, device: torch.device | str | None = None,
                  dtype: torch.dtype | None = None) -> None:  # fmt: skip
         super().__init__()
+        _given.size("in_features", in_features)
+        _given.size("out_features", out_features)
         base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
         self._set_up(base, rank, alpha, num_adapters, use_rslora, dropout, train_base, backend)
 
@@ -53,12 +56,11 @@ class LoRALinear(nn.Module):
 
     def _set_up(self, base: nn.Linear, rank: int, alpha: float, num_adapters: int | None, use_rslora: bool,
                 dropout: float, train_base: bool, backend: str | None) -> None:  # fmt: skip
-        if rank < 1:
-            raise ValueError(f"rank: was {rank}, must be at least 1")
-        if num_adapters is not None and num_adapters < 1:
-            raise ValueError(f"num_adapters: was {num_adapters}, must be at least 1, or None")
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"dropout: was {dropout}, must be a probability from 0 to 1")
+        _given.size("rank", rank)
+        if num_adapters is not None:
+            _given.size("num_adapters", num_adapters)
+        _given.probability("dropout", dropout)
+        _given.choices("auto", backend)
         self.rank, self.alpha, self.num_adapters, self.use_rslora = rank, alpha, num_adapters, use_rslora
         self.scaling = alpha / (math.sqrt(rank) if use_rslora else rank)
         self.dropout, self.backend = dropout, backend
@@ -79,11 +81,26 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor, adapter: Tensor | None = None, offsets: Tensor | None = None) -> Tensor:
         """``x [..., C]``, ``adapter`` and ``offsets`` as in the operation -> ``[..., D]``."""
+        self._check(x, adapter, offsets)
         return lora_linear(
             x, self.weight, self.bias, self.lora_a, self.lora_b,
             scaling=self.scaling, adapter=adapter, offsets=offsets, dropout=self.dropout if self.training else 0.0,
             backend=self.backend,
         )  # fmt: skip
+
+    def _check(self, x: Tensor, adapter: Tensor | None, offsets: Tensor | None) -> None:
+        _given.tensor(x, "x", self.weight.shape[1], "in_features", self.weight)
+        given = [name for name, value in (("adapter", adapter), ("offsets", offsets)) if value is not None]
+        if self.num_adapters is None and given:
+            raise ValueError(f"{given[0]}: was given, must be None, for the layer has one adapter for all rows; one made with "
+                             "num_adapters=G has one for each row to choose")  # fmt: skip
+        if self.num_adapters is not None and len(given) != 1:
+            was = "both were given" if given else "neither was given"
+            raise ValueError(
+                f"adapter, offsets: {was}, exactly one must be, for the layer has num_adapters={self.num_adapters}: adapter "
+                f"{list(x.shape[:-1])}, the number of each row's (-1 for none), or offsets [{self.num_adapters + 1}], where each "
+                "one's rows begin; num_adapters=None makes one for all rows"
+            )
 
     def extra_repr(self) -> str:
         d, c = self.weight.shape

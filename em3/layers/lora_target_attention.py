@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import lora_target_attention
+from ..ops import _checks, lora_target_attention
 from ..ops._pooling import POOLINGS
+from ..ops.lora_target_attention import parse_history
+from . import _given
 from ._buckets import doubling, positions
 
 
@@ -40,17 +42,18 @@ class LoRATargetAttention(nn.Module):
                  train_base: bool | None = None, pooling: str = "softmax", top_k: int | None = None, position_buckets: int = 0,
                  time_buckets: int = 0, strategy: str = "auto", backend: str | None = None) -> None:  # fmt: skip
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"num_heads: was {num_heads}, must be at least 1 and divide dim {dim}")
-        if rank < 0:
-            raise ValueError(f"rank: was {rank}, must be at least 1, or 0 for no adapters")
-        if pooling not in POOLINGS:
-            raise ValueError(f"pooling: was {pooling!r}, must be one of {', '.join(POOLINGS)}")
-        if (pooling == "top_k") != (top_k is not None) or (top_k is not None and top_k < 1):
+        _given.size("content_dim", content_dim)
+        _given.heads(num_heads, dim)
+        for name, count in dict(rank=rank, position_buckets=position_buckets, time_buckets=time_buckets).items():
+            _given.size(name, count, least=0)
+        _given.choices(strategy, backend)
+        _checks.one_of(pooling, POOLINGS, "pooling")
+        if pooling != "softmax" and strategy == "project":
+            raise ValueError(f"strategy: was 'project', must be 'absorb' or 'auto' with pooling={pooling!r}")
+        if top_k is not None:
+            _given.size("top_k", top_k)
+        if (pooling == "top_k") != (top_k is not None):
             raise ValueError(f"top_k: was {top_k}, must be at least 1 with pooling='top_k' and None without, which was {pooling!r}")
-        for name, count in (("position_buckets", position_buckets), ("time_buckets", time_buckets)):
-            if count < 0:
-                raise ValueError(f"{name}: was {count}, must be at least 1, or 0 for no bias")
         self.num_heads, self.rank, self.strategy, self.backend = num_heads, rank, strategy, backend
         self.pooling, self.top_k, self.position_buckets, self.time_buckets = pooling, top_k, position_buckets, time_buckets
         self.scaling = (rank if alpha is None else alpha) / rank if rank else 0.0
@@ -84,6 +87,7 @@ class LoRATargetAttention(nn.Module):
         ``age``: with ``time_buckets``, seconds that have passed since each event, int64 or int32, shaped as the history's row
         numbers. One below 0 counts as 0.
         """
+        self._check(target, bank)
         lora_k = lora_v = None
         if self.rank:
             lora_k = (self.lora_k_a, self.lora_k_b, self.scaling)
@@ -94,13 +98,25 @@ class LoRATargetAttention(nn.Module):
             strategy=self.strategy, backend=self.backend,
         )  # fmt: skip
 
+    def _check(self, target: Tensor, bank: Tensor) -> None:
+        d, c = self.w_k.shape
+        _given.tensor(target, "target", d, "dim", self.w_q)
+        _checks.tensor(bank, "bank", " [n, C]; of a ContentBank give its rows")
+        if bank.dim() == 2 and bank.shape[1] != c:
+            raise ValueError(f"bank: was {list(bank.shape)}, must be {c} wide, as the layer was made (content_dim={c})")
+
     def _biases(self, history: Any, age: Tensor | None) -> list[tuple[Tensor, Tensor]]:
-        if (age is None) != (self.time_bias is None):
-            was = "None" if age is None else f"{age.dtype} {list(age.shape)}"
-            must = "must be seconds, shaped as the history," if age is None else "must be None"
-            raise ValueError(f"age: was {was}, {must} with time_buckets={self.time_buckets}")
-        if age is not None and age.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"age: was {age.dtype}, must be torch.int64 or torch.int32 seconds")
+        ids, _, _ = parse_history(history)
+        if age is None and self.time_bias is not None:
+            raise ValueError(f"age: was None, must be seconds, shaped as the history's row numbers {list(ids.shape)}, with "
+                             f"time_buckets={self.time_buckets}")  # fmt: skip
+        if age is not None:
+            _checks.shape(age, list(ids.shape), "age")
+            if self.time_bias is None:
+                raise ValueError(f"age: was {age.dtype} {list(age.shape)}, must be None with time_buckets=0")
+            if age.dtype not in (torch.int64, torch.int32):
+                raise ValueError(f"age: was {age.dtype}, must be torch.int64 or torch.int32 seconds")
+            _checks.same_device("history", ids, {"age": age})
         biases: list[tuple[Tensor, Tensor]] = []
         if self.position_bias is not None:
             biases.append((self.position_bias, doubling(positions(history), self.position_buckets)))

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..jagged import parse_stream
+from ..ops.qformer_attention import parse
+from . import _given
 
 
 class MeanTokens(nn.Module):
@@ -22,12 +23,17 @@ class MeanTokens(nn.Module):
 
     def __init__(self, token_dims: Sequence[int], out_dim: int) -> None:
         super().__init__()
+        _given.sizes("token_dims", token_dims)
+        _given.size("out_dim", out_dim)
+        self.token_dims = list(token_dims)
         self.norms = nn.ModuleList(nn.LayerNorm(c) for c in token_dims)
         self.outs = nn.ModuleList(nn.Linear(c, out_dim, bias=False) for c in token_dims)
 
     def forward(self, streams: Any, masks: Sequence[Tensor | None] | None = None) -> Tensor:
         """``streams`` and ``masks`` as in :func:`em3.ops.qformer_attention` -> ``[B, out_dim]``."""
-        means = mean_tokens(streams, masks)
+        like = next(self.parameters())
+        _given.streams(streams, masks, self.token_dims, like)
+        means = mean_tokens(streams, masks, like.dtype)
         parts = [
             out(norm(mean)) * present
             for (mean, present), norm, out in zip(means, self.norms, self.outs, strict=True)
@@ -35,13 +41,12 @@ class MeanTokens(nn.Module):
         return sum(parts[1:], parts[0])
 
 
-def mean_tokens(streams: Any, masks: Sequence[Tensor | None] | None = None) -> list[tuple[Tensor, Tensor]]:
+def mean_tokens(streams: Any, masks: Sequence[Tensor | None] | None = None,
+                dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
     """The mean token ``[B, C_m]`` of each stream, zeros where an item has none, and whether it has any, ``[B, 1]``."""
-    sources = list(streams) if isinstance(streams, (list, tuple)) else [streams]
-    given = list(masks) if masks is not None else [None] * len(sources)
     found = []
-    for i, (source, mask) in enumerate(zip(sources, given, strict=True)):
-        values, offsets, mask = parse_stream(source, mask, f"streams[{i}]", f"masks[{i}]")
+    for values, offsets, mask in parse(streams, masks):
+        values = values.to(dtype)
         if offsets is not None:
             length = offsets.diff()[:, None]  # [B, 1]
             # A sum of consecutive rows: 0.2 ms for 22,608 rows of 128 on two threads, index_add 0.9, segment_reduce 5.4.

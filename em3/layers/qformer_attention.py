@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..jagged import Jagged
 from ..ops import qformer_attention, qformer_attention_weights
+from . import _given
 
 
 class QFormerAttention(nn.Module):
@@ -29,8 +30,10 @@ class QFormerAttention(nn.Module):
     def __init__(self, token_dims: Sequence[int], dim: int, *, num_heads: int, bias: bool = True,
                  dropout: float = 0.0, strategy: str = "auto", backend: str | None = None) -> None:  # fmt: skip
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"num_heads: was {num_heads}, must be at least 1 and divide dim {dim}")
+        _given.sizes("token_dims", token_dims)
+        _given.heads(num_heads, dim)
+        _given.probability("dropout", dropout)
+        _given.choices(strategy, backend)
         self.num_heads, self.dropout, self.strategy, self.backend = num_heads, dropout, strategy, backend
         self.w_q = nn.Parameter(torch.empty(dim, dim))
         self.w_k = nn.ParameterList(torch.empty(dim, c) for c in token_dims)
@@ -52,6 +55,7 @@ class QFormerAttention(nn.Module):
 
     def forward(self, query: Tensor, streams: Any, masks: Sequence[Tensor | None] | None = None) -> Tensor:
         """``query [Q, D]`` or ``[B, Q, D]``, ``streams`` and ``masks`` as in the operation -> ``[B, Q, D]``."""
+        self._check(query, streams, masks)
         return qformer_attention(
             query, streams, self.w_q, list(self.w_k), list(self.w_v), self.w_o, self.b_q,
             None if self.b_k is None else list(self.b_k), None if self.b_v is None else list(self.b_v), self.b_o,
@@ -62,11 +66,18 @@ class QFormerAttention(nn.Module):
     def attention_weights(self, query: Tensor, streams: Any,
                           masks: Sequence[Tensor | None] | None = None) -> list[Tensor | Jagged]:  # fmt: skip
         """What the queries read of each token: :func:`em3.ops.qformer_attention_weights` with this layer's parameters."""
+        self._check(query, streams, masks)
         return qformer_attention_weights(
             query, streams, self.w_q, list(self.w_k), self.b_q, None if self.b_k is None else list(self.b_k),
             num_heads=self.num_heads, masks=masks,
         )  # fmt: skip
 
+    def _check(self, query: Tensor, streams: Any, masks: Sequence[Tensor | None] | None) -> None:
+        _given.tensor(query, "query", self.w_q.shape[0], "dim", self.w_q)
+        _given.streams(streams, masks, self._token_dims(), self.w_q)
+
+    def _token_dims(self) -> list[int]:
+        return [w.shape[1] for w in self.w_k]
+
     def extra_repr(self) -> str:
-        widths = [w.shape[1] for w in self.w_k]
-        return f"token_dims={widths}, dim={self.w_q.shape[0]}, num_heads={self.num_heads}, bias={self.b_q is not None}"
+        return f"token_dims={self._token_dims()}, dim={self.w_q.shape[0]}, num_heads={self.num_heads}, bias={self.b_q is not None}"

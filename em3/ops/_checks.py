@@ -39,13 +39,20 @@ def debug_checks() -> Iterator[None]:
         _debug.on = before
 
 
+def tensor(given: Any, name: str, must: str = "") -> None:
+    if not isinstance(given, Tensor):
+        raise ValueError(f"{name}: was {type(given).__name__}, must be a tensor{must}")
+
+
 def shape(tensor: Tensor, expected: Sequence[int | str], name: str) -> None:
     """``expected`` holds sizes, or a dimension's letter where any size will do."""
-    fits = tensor.dim() == len(expected) and all(
+    fits = isinstance(tensor, Tensor) and tensor.dim() == len(expected) and all(
         isinstance(want, str) or size == want for size, want in zip(tensor.shape, expected, strict=True)
     )
     if not fits:
-        must = ", ".join(str(want) for want in expected)
+        must = ", ".join(str(want) for want in expected)  # not before: torch.compile cannot trace it
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name}: was {type(tensor).__name__}, must be a tensor [{must}]")
         raise ValueError(f"{name}: was {list(tensor.shape)}, must be [{must}]")
 
 
@@ -76,7 +83,7 @@ def same_device(first_name: str, first: Tensor, others: dict[str, Tensor | None]
 
 
 def divides(num_heads: int, width: int, name: str) -> None:
-    if num_heads < 1 or width % num_heads:
+    if isinstance(num_heads, float) or num_heads < 1 or width % num_heads:
         raise ValueError(f"num_heads: was {num_heads}, must be at least 1 and divide the width {width} of {name}")
 
 
@@ -123,6 +130,8 @@ def index_content(index: Tensor, low: int, count: int, name: str, of: str) -> No
     smallest, largest = (int(v) for v in torch.aminmax(index))
     if smallest < low or largest >= count:
         was = smallest if smallest < low else largest
+        if low == -1 and not count:
+            raise ValueError(f"{name}: held {was}, must be -1 (none): there is no {of}")
         missing = " (-1 = none)" if low == -1 else ""
         raise ValueError(f"{name}: held {was}, must be from {low}{missing} to {count - 1}, the last {of}")
 
@@ -167,6 +176,10 @@ def autocast(*tensors: Tensor | None, device: torch.device) -> list[Any]:
     """The tensors in autocast's dtype where autocast is on for the device, as they are otherwise."""
     if not autocast_is_on(device):
         return list(tensors)
-    dtype = torch.get_autocast_dtype(device.type)
+    return [t.to(settled(t.dtype, device)) if isinstance(t, Tensor) else t for t in tensors]
+
+
+def settled(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What autocast makes of ``dtype`` where it is on for the device."""
     # float64 stays as it is, like under autocast everywhere else.
-    return [t.to(dtype) if t is not None and t.dtype in FLOATS[:3] else t for t in tensors]
+    return torch.get_autocast_dtype(device.type) if dtype in FLOATS[:3] and autocast_is_on(device) else dtype

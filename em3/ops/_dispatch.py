@@ -54,7 +54,7 @@ def module(op: str, backend: str) -> ModuleType:
 
 def checked_name(name: str, source: str) -> str:
     if name not in NAMES:
-        near = difflib.get_close_matches(name, NAMES, 1)
+        near = difflib.get_close_matches(str(name), NAMES, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"{source}: was {name!r}, must be one of {', '.join(NAMES)}{hint}")
     return name

@@ -54,6 +54,7 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, section 4.1; dropout
     where PEFT has it.
     """
+    _checks.tensor(x, "x", " [..., C]")
     x, weight, bias, lora_a, lora_b = _checks.autocast(x, weight, bias, lora_a, lora_b, device=x.device)
     _check(x, weight, bias, lora_a, lora_b)
     factor, factors = _scaling(scaling, x, lora_a)
@@ -77,6 +78,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_
     d, c = weight.shape
     if bias is not None:
         _checks.shape(bias, [d], "bias")
+    _checks.tensor(lora_a, "lora_a", " [R, C] or [G, R, C]")
     if lora_a.dim() not in (2, 3):
         raise ValueError(f"lora_a: was {list(lora_a.shape)}, must be [R, {c}] or [G, R, {c}]")
     adapters: list[int | str] = list(lora_a.shape[:-2])

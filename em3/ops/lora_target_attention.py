@@ -35,8 +35,8 @@ def lora_target_attention(target: Tensor, history: Any, bank: Tensor, w_q: Tenso
 
     ``pooling`` says how scores become weights: ``"softmax"``; ``"din"``, the sigmoid of each score, not normalised: ten
     events that match weigh ten times as much as one (in DIN the weights are not normalised either, and not bounded);
-    ``"top_k"``, the softmax over the ``top_k`` best scores of each head, which scores equal to the last of them join. The
-    choice of the best has no gradient, and scores that are equal but for rounding may go either way.
+    ``"top_k"``, the softmax over the ``top_k`` best scores of each head, which scores equal to the last of them join, equal
+    but for rounding too: so an item that a history names twice counts twice or not at all. The choice has no gradient.
 
     ``strategy="absorb"`` folds the adapted key projection into the target's query, reads each history row once and
     projects what was read: no row of the history is ever projected. ``"project"`` is the formula as written, and the
@@ -76,9 +76,9 @@ def lora_target_attention(target: Tensor, history: Any, bank: Tensor, w_q: Tenso
     adapted by LoRA (Hu et al., arXiv 2106.09685) as in EM3 (arXiv 2404.06078); the k best of a long history as in SIM
     (Pi et al., arXiv 2006.05639).
     """
-    if not isinstance(bank, Tensor):
-        raise ValueError(f"bank: was {type(bank).__name__}, must be a tensor [n, C]; of a ContentBank give its rows")
-    ids, offsets, batch = _parse(history)
+    _checks.tensor(target, "target", " [B, D] or [B, M, D]")
+    _checks.tensor(bank, "bank", " [n, C]; of a ContentBank give its rows")
+    ids, offsets, batch = parse_history(history)
     loras = [_parse_lora(lora, name) for lora, name in ((lora_k, "lora_k"), (lora_v, "lora_v"))]
     target, w_q, w_k, w_v, w_o, *low = _checks.autocast(
         target, w_q, w_k, w_v, w_o, *(t for lora in loras for t in (lora or [None, None])[:2]), device=target.device
@@ -203,7 +203,7 @@ def _projected_rows(x: Tensor, weight: Tensor, lora: Lora | None) -> Tensor:
     return lora_linear(x, weight, None, lora[0], lora[1], scaling=lora[2], backend="torch")
 
 
-def _parse(history: Any) -> tuple[Tensor, Tensor | None, int]:
+def parse_history(history: Any) -> tuple[Tensor, Tensor | None, int]:
     """Row numbers ``[B, N]`` or ``[T]``, offsets of a jagged history, and ``B``."""
     jagged = split_jagged(history, "history")
     ids, offsets = (history, None) if jagged is None else jagged

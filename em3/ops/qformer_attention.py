@@ -67,6 +67,7 @@ def qformer_attention(query: Tensor, streams: Any, w_q: Tensor | None, w_k: Sequ
     Source: cross-attention of the Q-Former (Li et al., "BLIP-2", arXiv 2301.12597, section 3.1), used as the
     Fusion-Q-Former by EM3 (arXiv 2404.06078).
     """
+    _checks.tensor(query, "query", " [Q, D] or [B, Q, D]")
     parsed = parse(streams, masks)
     wk, wv = per_stream(w_k, "w_k", len(parsed)), per_stream(w_v, "w_v", len(parsed))
     bk, bv = per_stream(b_k, "b_k", len(parsed)), per_stream(b_v, "b_v", len(parsed))
@@ -197,11 +198,21 @@ def parse(streams: Any, masks: Any) -> list[Stream]:
     return [parse_stream(source, mask, f"streams[{i}]", f"masks[{i}]") for i, (source, mask) in pairs]
 
 
+def batch_of(streams: Sequence[Stream]) -> int:
+    """``B``, which all streams must agree in."""
+    batch = num_items(streams[0])
+    for i, stream in enumerate(streams):
+        _checks.floating(stream.values, f"streams[{i}]")
+        if num_items(stream) != batch:
+            raise ValueError(f"streams[{i}]: had {num_items(stream)} items, must have {batch} like streams[0]")
+    return batch
+
+
 def check_call(query: Tensor, streams: Sequence[Stream], w_q: Tensor | None, w_k: Sequence[Tensor | None],
                w_v: Sequence[Tensor | None], w_o: Tensor | None, b_q: Tensor | None, b_k: Sequence[Tensor | None],
                b_v: Sequence[Tensor | None], b_o: Tensor | None, num_heads: int) -> int:  # fmt: skip
     """Everything that shapes, dtypes and devices can show; returns ``B``."""
-    batch = num_items(streams[0])
+    batch = batch_of(streams)
     if query.dim() not in (2, 3):
         raise ValueError(f"query: was {list(query.shape)}, must be [Q, D] or [B, Q, D]")
     d = query.shape[-1]
@@ -216,8 +227,6 @@ def check_call(query: Tensor, streams: Sequence[Stream], w_q: Tensor | None, w_k
     }  # fmt: skip
     for i, stream in enumerate(streams):
         width = stream.values.shape[-1]
-        if num_items(stream) != batch:
-            raise ValueError(f"streams[{i}]: had {num_items(stream)} items, must have {batch} like streams[0]")
         named |= {f"w_k[{i}]": (w_k[i], [d, width]), f"w_v[{i}]": (w_v[i], [d, width]),
                   f"b_k[{i}]": (b_k[i], [d]), f"b_v[{i}]": (b_v[i], [d])}  # fmt: skip
     for name, (tensor, expected) in named.items():
@@ -226,7 +235,6 @@ def check_call(query: Tensor, streams: Sequence[Stream], w_q: Tensor | None, w_k
     _checks.same_device_and_dtype("query", query, {name: t for name, (t, _) in named.items()})
     given: dict[str, Tensor | None] = {}
     for i, stream in enumerate(streams):
-        _checks.floating(stream.values, f"streams[{i}]")
         given |= {f"streams[{i}]": stream.values, f"streams[{i}].offsets": stream.offsets, f"masks[{i}]": stream.mask}
     _checks.same_device("query", query, given)
     return batch

@@ -37,6 +37,7 @@ def qformer_attention_weights(query: Tensor, streams: Any, w_q: Tensor | None, w
 
     Source: the cross-attention of BLIP-2's Q-Former (arXiv 2301.12597, section 3.1).
     """
+    _checks.tensor(query, "query", " [Q, D] or [B, Q, D]")
     parsed = parse(streams, masks)
     m = len(parsed)
     wk, bk, none = per_stream(w_k, "w_k", m), per_stream(b_k, "b_k", m), [None] * m

@@ -29,7 +29,9 @@ def lora_target_attention(target, history, bank, w_q, w_k, w_v, w_o, *, lora_k=N
         scores = scores + added.transpose(0, 1)[:, :, None]
     scores = scores.masked_fill(~seen[:, None, None, :], -torch.inf)
     if pooling == "top_k" and n > top_k:
-        scores = scores.masked_fill(scores < scores.topk(top_k, -1).values[..., -1:], -torch.inf)
+        best = scores.topk(top_k, -1).values
+        rounding = 4 * torch.finfo(scores.dtype).eps * best[..., [0, -1]].abs().amax(-1, keepdim=True)
+        scores = scores.masked_fill(scores < best[..., -1:] - rounding, -torch.inf)
     weights = scores.softmax(-1) if n and pooling != "din" else scores.sigmoid()
     weights = weights.masked_fill(~seen[:, None, None, :], 0)
     out = (weights @ v).transpose(1, 2).reshape(targets.shape) @ w_o.T  # [B, M, D]

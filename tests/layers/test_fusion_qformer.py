@@ -118,18 +118,3 @@ def test_compiles_whole(seed):
     tokens = torch.randn(3, 5, 6)
     compiled = torch.compile(lambda t: model([t]), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(tokens), model([tokens]))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (dict(num_queries=0), "num_queries: was 0, must be at least 1"),
-        (dict(num_queries=2, num_layers=0), "num_layers: was 0, must be at least 1"),
-        (dict(num_queries=2, cross_every=0), "cross_every: was 0, must be at least 1"),
-        (dict(num_queries=2, norm="mid"), "norm: was 'mid', must be 'pre' or 'post'"),
-        (dict(num_queries=2, num_heads=3), "num_heads: was 3, must be at least 1 and divide dim 8"),
-    ],
-)
-def test_messages(options, message):
-    with pytest.raises(ValueError, match=f"^{message}"):
-        em3.FusionQFormer([6], 8, **options)

@@ -39,8 +39,3 @@ def test_starts_like_multihead_attention_and_survives_a_state_dict():
     other.load_state_dict(layer.state_dict())
     query, x = torch.randn(3, 8), torch.randn(2, 4, 6)
     assert torch.equal(layer(query, x), other(query, x))
-
-
-def test_heads_that_do_not_divide():
-    with pytest.raises(ValueError, match="num_heads: was 3, must be at least 1 and divide dim 8"):
-        em3.QFormerAttention([6], 8, num_heads=3)

@@ -402,6 +402,13 @@ def test_as_many_as_there_are_is_all_and_equal_scores_join():
     torch.testing.assert_close(pooled("top_k", 1)[0](**args)[0], op("absorb", "torch")(**args)[0])
 
 
+def test_an_item_named_twice_counts_twice_or_not_at_all(seed):
+    """Its two scores may be rounded apart: by the place they have in a product, and that is another in float64."""
+    args = oracle.convert(make(400, 4, 16, 64, 50, 61), torch.float32)
+    got, want = (pooled("top_k", 10)[0](**given).detach().double() for given in (args, oracle.convert(args, torch.float64)))
+    assert float((got - want).norm(dim=-1).div(want.norm(dim=-1)).max()) <= 1e-4
+
+
 @pytest.mark.parametrize("pooling", ["din", "top_k"])
 def test_other_poolings_take_the_torch_backend_by_themselves(pooling):
     args = oracle.convert(make(3, 2, 4, 6, 9, [4, 1, 6]), torch.float32)
