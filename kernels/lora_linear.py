@@ -265,10 +265,15 @@ def _table() -> dict[str, Any]:
     return table
 
 
-def config(kernel: str, dtype: torch.dtype, r: int) -> Config:
+def config(kernel: str, dtype: torch.dtype, r: int, even: bool) -> Config:
     """The table's tile for adapters of this rank."""
-    rows = _table()[kernel]["float32" if dtype == torch.float32 else "half"]
+    rows = _table()[kernel][("float32" if dtype == torch.float32 else "half") + ("" if even else ", odd")]
     return next(Config(*tile) for up_to, *tile in rows if r <= up_to)
+
+
+def even(x: Tensor, *widths: int) -> bool:
+    """Whether rows and factors may be read 16 bytes at a time; an address for every element takes many registers."""
+    return all(n % 16 == 0 for n in (*widths, x.shape[1], x.stride(0), x.data_ptr()))
 
 
 def fitted(tile: Config, t: int, g: int, device: torch.device) -> Config:
@@ -310,7 +315,7 @@ def low_rank(x: Tensor, factors: tuple[Tensor, Tensor], y: Tensor | None, rows: 
     t, c = x.shape
     a, b = factors
     g, r, d = (a.shape[0], a.shape[2], b.shape[2]) if behind else (a.shape[0], a.shape[1], b.shape[1])
-    tile = fitted(config("low_rank", x.dtype, r), t, g, x.device)
+    tile = fitted(config("low_rank", x.dtype, r, even(x, d)), t, g, x.device)
     low = torch.empty(t, r, dtype=torch.float32, device=x.device) if keep else None
     tiles = _parts(rows, t, g, tile.rows, 0)
     if tiles:
@@ -326,7 +331,7 @@ def collect(low: Tensor, x: Tensor, rows: Rows, like: Tensor, mask: Mask | None,
     """``low^T x`` of each adapter, in the shape and dtype of ``like``: A ``[G, R, C]``, or ``turned``, B ``[G, C, R]``."""
     t, c = x.shape
     g, r = like.shape[0], low.shape[1]
-    tile = config("collect", x.dtype, r)
+    tile = config("collect", x.dtype, r, even(x))
     slices = _cdiv(c, tile.width)
     # Parts as long as leaves two waves of programs with rows, and no shorter than two tiles.
     size = tile.rows * max(2, _cdiv(t * slices, waves(x.device) * tile.rows))

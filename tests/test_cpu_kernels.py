@@ -127,6 +127,7 @@ def test_every_instruction_set_reads_the_bank(forced_isa):
     for heads, m, c in ((4, None, 64), (7, 1, 37), (3, 5, 37), (4, 75, 16)):
         made = target.make(7, heads, 8, c, 50, LENGTHS[0], m=m, holes=True)
         oracle.check(target.op("absorb", "cpp"), target.plain, made, torch.float32)
+        oracle.check(*target.pooled("din", None, "cpp"), made, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", oracle.HALF, ids=str)
@@ -341,8 +342,10 @@ def test_long_histories_are_cut_into_parts(batch, frozen, m, threads, monkeypatc
     cut = counted_parts(monkeypatch)
     for lengths in (40, [3, 0, 50][:batch], [50, 9, 0][:batch]):
         made = target.make(batch, 2, 8, 16, 20, lengths, m=m, holes=True, bank_grad=not frozen, biases=1)
-        oracle.check(target.op("absorb", "cpp"), target.plain, made, torch.float32)
-        oracle.same_bits_twice(target.op("absorb", "cpp"), oracle.convert(made, torch.float32))
+        for pooling in ("softmax", "din"):
+            call, truth = target.pooled(pooling, None, "cpp")
+            oracle.check(call, truth, made, torch.float32)
+            oracle.same_bits_twice(call, oracle.convert(made, torch.float32))
     assert max(cut) == -(-6 // batch)
 
 

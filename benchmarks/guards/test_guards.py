@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ SET = "set them by `EM3_SET_FLOORS=1 pytest benchmarks`, once while the machine 
 LONGER = 11.0  # what a history of 10,000 may cost beside one of 1,000
 NEAR = 1.1  # two forms that differ by less are equally good choices
 TARGET = registry.OPERATIONS["lora_target_attention"]
-HISTORY = {"B": 8, "C": 64, "D": 64, "H": 4, "R": 8, "Q": 1, "bank": 100_000, "lengths": "full"}
+HISTORY: dict[str, Any] = {"B": 8, "C": 64, "D": 64, "H": 4, "R": 8, "Q": 1, "bank": 100_000, "lengths": "full"}
 
 
 def names(shapes):

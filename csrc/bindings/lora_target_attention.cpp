@@ -27,7 +27,8 @@ struct TargetCall {
     TokenStream tokens;
 
     TargetCall(const py::object& u_given, const py::object& w_given, const py::object& history, const py::object& offsets,
-               const py::object& bank, const py::object& bias, const py::object& y_given, const py::object& o_given, const py::object& lse_given) {
+               const py::object& bank, const py::object& bias, const py::object& y_given, const py::object& o_given,
+               const py::object& lse_given, bool sigmoid) {
         const Tensor u_tensor = tensor(u_given, "u");
         u_tensor.require_shape({-1, -1, -1, -1});
         by_user = u_tensor.shape();
@@ -35,6 +36,7 @@ struct TargetCall {
         w_tensor.require_shape({by_user[0], -1, by_user[3]});
         by_value = w_tensor.shape();
         shape = {by_user[1], by_user[0], by_user[2], by_value[1], false};
+        shape.sigmoid = sigmoid;
         of_out = {shape.H, shape.B, shape.Q, shape.E};
         w = w_tensor.block<const float>(by_value);
         o = tensor(o_given, "o").block<float>(of_out);
@@ -65,13 +67,14 @@ bfloat16 or float16.
 
 u: [H, B, M, C]. w: [H, E, C]. history: int64 row numbers [B, N], or [T] with offsets [B + 1] int64; one outside the bank
 is no item. bank: [n, C], its rows in one piece each. bias: [B, N, H] or [T, H], added to scores, or None. Writes y [H, B, M, C], o [H, B, M, E] and lse [H, B, M]. Everything
-else is contiguous. isa: "" for the widest instruction set of this processor.)";
+else is contiguous. isa: "" for the widest instruction set of this processor. sigmoid: weights are sigmoids of the scores,
+not their softmax; lse is then 0.)";
 
 void forward(const py::object& u, const py::object& w, const py::object& history, const py::object& offsets,
              const py::object& bank, const py::object& bias, const py::object& y, const py::object& o, const py::object& lse,
-             int threads, const std::string& isa) {
+             int threads, const std::string& isa, bool sigmoid) {
     const Isa path = resolve_isa(isa);
-    const TargetCall call(u, w, history, offsets, bank, bias, y, o, lse);
+    const TargetCall call(u, w, history, offsets, bank, bias, y, o, lse, sigmoid);
     py::gil_scoped_release release;
     qformer_attention_forward(call.shape, {{call.tokens, call.u, nullptr, call.w, call.y, nullptr}}, call.o, call.lse,
                               threads, path);
@@ -86,9 +89,9 @@ dbias, as bias, the gradient of what was added to the scores; None where it is n
 void backward(const py::object& dout, const py::object& u, const py::object& w, const py::object& history,
               const py::object& offsets, const py::object& bank, const py::object& bias, const py::object& y,
               const py::object& o, const py::object& lse, const py::object& du, const py::object& dw, const py::object& dx,
-              const py::object& dbias, int threads, const std::string& isa) {
+              const py::object& dbias, int threads, const std::string& isa, bool sigmoid) {
     const Isa path = resolve_isa(isa);
-    const TargetCall call(u, w, history, offsets, bank, bias, y, o, lse);
+    const TargetCall call(u, w, history, offsets, bank, bias, y, o, lse, sigmoid);
     const float* const to_o = tensor(dout, "dout").block<const float>(call.of_out);
     float* const to_u = du.is_none() ? nullptr : tensor(du, "du").block<float>(call.by_user);
     float* const to_w = dw.is_none() ? nullptr : tensor(dw, "dw").block<float>(call.by_value);
@@ -110,10 +113,11 @@ void backward(const py::object& dout, const py::object& u, const py::object& w, 
 void bind_lora_target_attention(py::module_& m) {
     m.def("lora_target_attention_forward", &forward, py::arg("u"), py::arg("w"), py::arg("history"), py::arg("offsets"),
           py::arg("bank"), py::arg("bias"), py::arg("y"), py::arg("o"), py::arg("lse"), py::arg("threads"),
-          py::arg("isa") = "", kForward);
+          py::arg("isa") = "", py::arg("sigmoid") = false, kForward);
     m.def("lora_target_attention_backward", &backward, py::arg("dout"), py::arg("u"), py::arg("w"), py::arg("history"),
           py::arg("offsets"), py::arg("bank"), py::arg("bias"), py::arg("y"), py::arg("o"), py::arg("lse"), py::arg("du"),
-          py::arg("dw"), py::arg("dx"), py::arg("dbias"), py::arg("threads"), py::arg("isa") = "", kBackward);
+          py::arg("dw"), py::arg("dx"), py::arg("dbias"), py::arg("threads"), py::arg("isa") = "",
+          py::arg("sigmoid") = false, kBackward);
 }
 
 }  // namespace em3

@@ -73,6 +73,8 @@ void check(const Shape& shape, const std::vector<Stream>& streams) {
   require(shape.B >= 0 && shape.H >= 1 && shape.Q >= 0 && shape.E >= 0, "B, Q and E must be at least 0, H at least 1");
   require(!shape.pairs || shape.E % 2 == 0, "pairs need an even E");
   require(!streams.empty() && streams.size() <= kMaxStreams, "there must be 1 to 8 streams");
+  require(!shape.sigmoid || (streams.size() == 1 && streams[0].mass == nullptr && shape.drop.threshold == 0),
+          "the sigmoid is of one stream, without mass and dropout");
   for (const Stream& s : streams) {
     require(s.tokens.n >= 0 && s.tokens.C >= 1, "n must be at least 0 and C at least 1");
     const bool even = s.tokens.C % 2 == 0 && s.tokens.item_stride % 2 == 0 && s.tokens.token_stride % 2 == 0;

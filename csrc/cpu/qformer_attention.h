@@ -48,6 +48,7 @@ struct Shape {
   Dropout drop = {};  // y and mass take p times the factor of its place
   bool pairs = false;  // only where every stream is stored in bf16 with an even C and even strides
   bool parts = false;  // items are parts of others, whose y is not theirs
+  bool sigmoid = false;  // p = sigmoid(s), which no sum divides, and lse = 0; of one stream, without mass and dropout
   std::int64_t K() const { return H * Q; }
 };
 

@@ -119,6 +119,20 @@ static void gradient_block(BackwardState& st, int m, int64_t r0, int64_t n, int6
   }
 }
 
+// The same of weights that are sigmoids: nothing but its own score moves one.
+static void sigmoid_gradient_block(BackwardState& st, int m, int64_t r0, int64_t n, int64_t width) {
+  for (int64_t v = 0; v < width; v += kVec) {
+    float* w = st.w + v;
+    const V bias = load(st.bias[m] + r0 + v);
+    for (int64_t t = 0; t < n; ++t, w += 2 * width) {
+      V rest;
+      const V p = sigmoid(load(w) + bias, rest);
+      store(w, load(w + width) * p * rest);
+      store(w + width, p);
+    }
+  }
+}
+
 // The same with dropout: the gradient reaches p through its factor, and what multiplies dy is p times that.
 static void gradient_block(const Dropout& drop, BackwardState& st, int m, int64_t first_token, int64_t r0, int64_t width) {
   const Tile& tile = st.tiles.tile;
@@ -196,6 +210,8 @@ static void backward_tile(const BackwardJob& job, BackwardState& st, int m, cons
     if (tokens.bias != nullptr) add_bias(job.shape, tokens, tile, r0, rows, st.w, at.ld);
     if (narrow != 0) {
       gradient_narrow(st, m, scored, at);
+    } else if (job.shape.sigmoid) {
+      sigmoid_gradient_block(st, m, r0, tile.n, width);
     } else if (job.shape.drop.threshold > 0) {
       gradient_block(job.shape.drop, st, m, tokens.first, r0, width);
     } else {

@@ -81,6 +81,18 @@ static void softmax_block(ForwardState& st, int M, int m, int64_t r0, int64_t n,
   }
 }
 
+// s[n, ld] -> sigmoid(s + bias), for weights that nothing divides.
+static void sigmoid_block(ForwardState& st, int m, int64_t r0, int64_t n, int64_t ld) {
+  for (int64_t v = 0; v < ld; v += kVec) {
+    const V bias = load(st.bias[m] + r0 + v);
+    for (int64_t t = 0; t < n; ++t) {
+      V rest;
+      store(st.s + t * ld + v, sigmoid(load(st.s + t * ld + v) + bias, rest));
+    }
+    store(st.sum[m] + r0 + v, splat(1.0f));
+  }
+}
+
 // Multiplies s[n, ld], the weights of a block, with the factors of dropout. The softmax's denominator counts all of them.
 static void drop_block(const Dropout& drop, ForwardState& st, int m, int64_t first_token, int64_t r0, int64_t ld) {
   const Tile& tile = st.tiles.tile;
@@ -123,6 +135,8 @@ static void forward_tile(const ForwardJob& job, ForwardState& st, int m, const T
     if (tokens.bias != nullptr) add_bias(job.shape, tokens, tile, r0, smaller(kBlock, K - r0), st.s, ld);
     if (narrow != 0) {
       softmax_block(st, job.M, m, r0, scored / kVec, kVec, narrow);
+    } else if (job.shape.sigmoid) {
+      sigmoid_block(st, m, r0, tile.n, ld);
     } else {
       softmax_block(st, job.M, m, r0, tile.n, ld, 0);
     }
@@ -185,7 +199,7 @@ static void forward_item(const ForwardJob& job, ForwardState& st, int64_t b) {
   Tokens tokens[kMaxStreams];
   bool touched[kMaxStreams];
   int last_stream = -1;
-  fill(st.reference, padded, kLowest);
+  fill(st.reference, padded, shape.sigmoid ? 0.0f : kLowest);
   fill(st.inverse, padded, 0.0f);
   for (int m = 0; m < job.M; ++m) {
     const ForwardStream& s = job.streams[m];

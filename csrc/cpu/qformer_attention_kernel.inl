@@ -37,6 +37,14 @@ static float dot(const float* a, const float* b, int64_t n) {
   return sum(s0 + s1);
 }
 
+// 1 / (1 + exp(-s)), and what is left to 1: as exact where that is small.
+EM3_INLINE V sigmoid(V s, V& rest) {
+  const V fall = vexp(zero() - vmax(splat(-87.0f), s));  // in this order a NaN stays a NaN
+  const V p = splat(1.0f) / (splat(1.0f) + fall);
+  rest = fall * p;
+  return p;
+}
+
 static void fill(float* p, int64_t n, float value) {
   for (int64_t i = 0; i < n; ++i) p[i] = value;
 }

@@ -57,7 +57,8 @@ def lora_target_attention(target: Tensor, history: Any, bank: Tensor, w_q: Tenso
         biases: tables ``[H, buckets]`` of any floating-point dtype, each with the bucket of every place of the history,
             int64 or int32 and shaped as its row numbers, -1 for no bias there. In a half type's call they are added in
             float32 where keys are not formed.
-        pooling: ``"softmax"``, ``"din"`` or ``"top_k"``; the latter two need the absorbed form, and the torch backend.
+        pooling: ``"softmax"``, ``"din"`` or ``"top_k"``; the latter two need the absorbed form. Triton kernels have the first
+            only, the compiled ones not the last.
         top_k: how many, at least 1, for ``"top_k"`` only.
         strategy: ``"auto"``, ``"absorb"`` or ``"project"``.
         backend: ``"auto"`` or a backend's name; the process-wide choice (``em3.set_backend``) by default.

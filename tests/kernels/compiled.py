@@ -147,7 +147,7 @@ def adapters(dtypes: tuple[torch.dtype, ...] = tuple(TYPES), *, forms: str = "fo
         types |= {"scaling": "fp32", "kept": "fp32"}
         types |= {"order": "*i64", "bounds": "*i32", "scalings": "*fp32"} if mixed else {}
         types |= {"seed": "*i64"} if dropped else {}
-        tile = lora_linear.config("collect" if name == "add_up" else name, dtype, r)
+        tile = lora_linear.config("collect" if name == "add_up" else name, dtype, r, not odd)
         tile = tile._replace(rows=min(tile.rows, rows)) if name == "low_rank" else tile
         constants = dict(R=r, RANK=lora_linear.rank(r), ROWS=tile.rows, WIDTH=tile.width, GROUPS=64 if mixed else 1, PRECISION=precision,
                          TURNED=form == "backward", BEHIND=form == "backward")  # fmt: skip
@@ -201,7 +201,8 @@ def cases(op: str) -> Iterator[Case]:
         yield from adapters((*half, *full), dropped=True)
         yield from adapters(half, mixed=False)
         yield from adapters(full, precision="tf32")
-        yield from adapters((*half, *full), odd=True, ranks=(5, 77))
+        yield from adapters((*half, *full), odd=True, ranks=(5, 24, 77))
+        yield from adapters((*half, *full), ranks=(5, 77))
         yield from adapters((*half, *full), forms="forward backward", rows=16)
         yield from adapters((*half, *full), forms="add_up")
 

@@ -19,7 +19,7 @@ from tests.ops.test_lora_linear import calls, dropped, dropping, make, op
 @pytest.fixture
 def tiles(monkeypatch):
     """Call it with the number of programs that a launch aims at, and the adapters that are looked at in a step."""
-    monkeypatch.setattr(kernels, "config", lambda kernel, dtype, r: kernels.Config(16, 16, 4, 1))
+    monkeypatch.setattr(kernels, "config", lambda kernel, dtype, r, even: kernels.Config(16, 16, 4, 1))
 
     def use(waves: int, groups: int = 2) -> None:
         monkeypatch.setattr(kernels, "waves", lambda device: waves)
@@ -94,9 +94,13 @@ def test_a_float32_number_of_low_keeps_more_than_a_half_type_has(tiles):
     torch.testing.assert_close(y, torch.full_like(y, -(2**-7)))
 
 
-@pytest.mark.parametrize(("dtype", "r", "g"), [(torch.float32, 8, None), (torch.bfloat16, 40, 3), (torch.float16, 128, 2)], ids=str)
-def test_the_tiles_of_the_table(dtype, r, g):
-    oracle.check(op("triton"), reference, make((70,), 72, 40, r, g, frozen=("weight",)), dtype)
+@pytest.mark.parametrize(("dtype", "c", "r", "g"), [
+    (torch.float32, 72, 8, None), (torch.bfloat16, 72, 40, 3), (torch.float32, 64, 20, 2), (torch.float16, 64, 128, 2),
+], ids=str)  # fmt: skip
+def test_the_tiles_of_the_table(dtype, c, r, g):
+    args = make((70,), c, 48, r, g, frozen=("weight",))
+    assert kernels.even(args["x"], 48) == (c == 64)
+    oracle.check(op("triton"), reference, args, dtype)
 
 
 def test_rows_that_lie_apart():

@@ -354,15 +354,30 @@ def pooled(pooling: str, k: int | None, backend: str = "torch") -> tuple[Any, An
     return tuple(lambda fn=fn, **args: fn(**args, pooling=pooling, top_k=k) for fn in (op("absorb", backend), plain))  # type: ignore[misc]
 
 
+@pytest.mark.parametrize("backend", [p for p in oracle.backends("lora_target_attention") if p.values != ("triton",)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_weights_that_are_not_normalised(dtype, seed):
+def test_weights_that_are_not_normalised(dtype, backend, seed):
+    oracle.skip_unless_served(backend, dtype)
+
     @settings(max_examples=25)
     @given(shape=shapes(tiny=dtype not in oracle.HALF), salt=st.integers(0, 2**31))
     def check(shape, salt):
         torch.manual_seed(seed ^ salt)
-        oracle.check(*pooled("din", None), make(**shape), dtype, salt)
+        oracle.check(*pooled("din", None, backend), make(**shape), dtype, salt)
 
     check()
+
+
+@pytest.mark.parametrize("backend", [p for p in oracle.backends("lora_target_attention") if p.values != ("triton",)])
+def test_sigmoids_of_scores_that_are_large(backend):
+    """Weights near 0 and near 1, whose slope is what is left to 1; and far beyond what an exponential holds."""
+    for size in (10.0, 1000.0):
+        args = oracle.convert(make(3, 2, 4, 6, 9, [5, 0, 7], m=2), torch.float32)
+        args = args | {"target": (size * args["target"]).detach().requires_grad_()}
+        for got, want in zip(*(oracle.run(fn, oracle.convert(args, dtype), 0) for fn, dtype in
+                               zip(pooled("din", None, backend), (torch.float32, torch.float64), strict=True)), strict=True):  # fmt: skip
+            assert torch.isfinite(got).all()
+            assert oracle.relative_error(got, want, 0.01) < 1e-5 * size
 
 
 def apart(args: dict[str, Any], heads: int) -> dict[str, Any]:
@@ -410,14 +425,14 @@ def test_an_item_named_twice_counts_twice_or_not_at_all(seed):
 
 
 @pytest.mark.parametrize("pooling", ["din", "top_k"])
-def test_other_poolings_take_the_torch_backend_by_themselves(pooling):
+def test_other_poolings_take_a_backend_that_has_them(pooling):
     args = oracle.convert(make(3, 2, 4, 6, 9, [4, 1, 6]), torch.float32)
     how = dict(pooling=pooling, top_k=2 if pooling == "top_k" else None)
     torch.testing.assert_close(op("auto", "auto")(**args, **how), op("absorb", "torch")(**args, **how))
     compiled = torch.compile(op("auto", "auto"), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(**args, **how), op("absorb", "torch")(**args, **how))
-    if _dispatch.module("lora_target_attention", "cpp").unavailable() is None:
-        with pytest.raises(em3.BackendError, match=f"pools by softmax only and pooling was '{pooling}'; use another backend"):
+    if pooling == "top_k" and _dispatch.module("lora_target_attention", "cpp").unavailable() is None:
+        with pytest.raises(em3.BackendError, match="it has no pooling 'top_k', only 'softmax' and 'din'; use another backend"):
             op("auto", "cpp")(**args, **how)
 
 
