@@ -97,11 +97,11 @@ static void add_to_bias(const Shape& shape, const Tile& tile, int64_t r0, int64_
 // K=8: 1.17 / 1.08; B=32, N=256, C=512, K=8: 1.0 / 0.93.
 static bool few(const Shape& shape) { return shape.K() <= kFew; }
 
-// So few rows leave most of a vector empty. Under a softmax without dropout, which draws vector by vector, the scores of a token then take
-// only 4 or 8 floats, `ld`, and the softmax works on several tokens at a time; what holds a number a row, [K] padded to
-// kVec, holds it again and again, every ld floats. 0 = not. One thread, forward / backward, AVX-512 (together with store_sums
-// of four tokens) and AVX2: B=2048, N=60, C=64, K=4: 1.16 / 1.12 and 1.05 / 1.06 times as fast; B=64, N=1000, C=128: 1.14 /
-// 1.12 and 1.05 / 1.04; B=32, N=200, C=512, K=8: no difference.
+// So few rows leave most of a vector empty. Under a softmax without dropout, which draws vector by vector, the scores of a
+// token then take only 4 or 8 floats, `ld`, and the softmax works on several tokens at a time; what holds a number a row,
+// [K] padded to kVec, holds it again and again, every ld floats. 0 = not. One thread, forward / backward, AVX-512 (together
+// with store_sums of four tokens) and AVX2: B=2048, N=60, C=64, K=4: 1.16 / 1.12 and 1.05 / 1.06 times as fast; B=64, N=1000,
+// C=128: 1.14 / 1.12 and 1.05 / 1.04; B=32, N=200, C=512, K=8: no difference.
 static int64_t narrow_width(const Shape& shape) {
   const int64_t ld = round_up(shape.K(), 4);
   return few(shape) && ld < kVec && shape.drop.threshold == 0 && !shape.sigmoid ? ld : 0;
