@@ -20,14 +20,27 @@ class LockedError(OSError):
     """A folder or file that another process writes; the message names both."""
 
 
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        file = next(place for place in (path, *path.parents) if place.exists())
+        raise NotADirectoryError(f"{file}: is a file, must be a folder") from None
+
+
 @contextlib.contextmanager
 def atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A binary file under a temporary name beside ``path``; synced and renamed at the end, removed after an error.
 
     A reader of ``path`` finds the old content or the new one, whatever kills the writer. The folder is made if needed.
+
+    Raises:
+        OSError: also if ``path`` is a folder, or what must be its folder is a file.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.is_dir():
+        raise IsADirectoryError(f"{target}: is a folder, must be the name of a file")
+    _make_folder(target.parent)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -84,7 +97,7 @@ def written_by_us(path: str | os.PathLike[str]) -> Iterator[None]:
 @contextlib.contextmanager
 def _held(path: Path, who: str, does_what: str, wait: bool) -> Iterator[None]:
     """A locked file, which stays: were it removed, two processes could hold two files of that name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path.parent)
     with open(path, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)

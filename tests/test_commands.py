@@ -156,17 +156,21 @@ def test_show_some_of_a_users_requests(tmp_path: Path, capsys: pytest.CaptureFix
 def test_complaints(trained: tuple[Path, str, str], catalogue: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = trained[0]
     for words, message in [
-        (["train", "--data", catalogue, "--out", folder], f"holds a run; `em3 train --resume {folder}` goes on with it"),
+        (["train", "--data", catalogue, "--out", folder], f"holds a run; `em3 train --resume {folder}` goes on with it, another --out begins"),
         (["train"], "em3: data: was not given"),
         (["train", "--data", tmp_path / "none", "--out", tmp_path / "r"], "none: must be a folder"),
         (["train", "--data", catalogue, "--out", tmp_path / "r", "model.rnak=2"], "did you mean 'model.rank'?"),
-        (["train", "--data", catalogue, "--config", tmp_path / "c.yaml"], "c.yaml"),
+        (["train", "--data", catalogue, "--config", tmp_path / "c.yaml"], f"em3: {tmp_path / 'c.yaml'}: no such file or directory"),
         (["train", "--data", catalogue, "--out", tmp_path / "r", "model.num_heads=3"], "must be a multiple of model.num_heads 3"),
         (["train", "--resume", folder, "seeds=[1]"], "--resume: goes on with the run's own configuration"),
         (["train", "--resume", folder, "--posters", tmp_path], "--resume: goes on with the run's own configuration"),
-        (["train", "--resume", tmp_path / "none"], "config.yaml"),
+        (["train", "--resume", tmp_path / "none"], "none: is not there, must be the folder of a run; `em3 train --data CATALOGUE"),
+        (["train", "--resume", tmp_path], f"{tmp_path}: holds no config.yaml, must be the folder of a run"),
+        (["train", "--data", catalogue, "--out", catalogue / "items.parquet"], "items.parquet: is a file, must be a folder"),
         (["train", "--resume", folder, "--threads", "0"], "--threads: was 0, must be at least 1"),
-        (["evaluate", tmp_path / "none"], "config.yaml"),
+        (["evaluate", tmp_path / "none"], "none: is not there, must be the folder of a run"),
+        (["evaluate", catalogue / "items.parquet"], "items.parquet: is a file, must be the folder of a run"),
+        (["embed", tmp_path / "none", "--items", catalogue, "--out", tmp_path / "e.npy"], "none: is not there, must be the folder of a run"),
         (["evaluate", folder, "--arm", "em4"], "--arm: was 'em4', must be one of the run's: id_only, two_stage, em3"),
         (["embed", folder, "--items", tmp_path, "--out", tmp_path / "e.npy"], "must hold one of items.parquet and items.csv, has neither"),
         (["embed", folder, "--items", catalogue, "--out", tmp_path / "e.txt"], "must end in .parquet or .npy"),
@@ -184,9 +188,11 @@ def test_words_and_options_in_any_order(tmp_path: Path, capsys: pytest.CaptureFi
     for words, message in [
         (["train", "seeds=[0]", "--data", none, "arms=[em3]", "--out", out, "model.rank=2"], "none: must be a folder"),
         (["train", "--data", none, "seeds=[0]", "--out", out, "oops"], "oops: must be key=value"),
-        (["evaluate", none, "--split", "valid"], "config.yaml"),
-        (["evaluate", "--split", "valid", none], "config.yaml"),
-        (["embed", "--items", none, none, "--out", "e.npy"], "config.yaml"),
+        (["evaluate", none, "--split", "valid"], "none: is not there, must be the folder of a run"),
+        (["evaluate", "--split", "valid", none], "none: is not there, must be the folder of a run"),
+        (["embed", "--items", none, none, "--out", "e.npy"], "none: is not there, must be the folder of a run"),
+        (["tune", "--threads", "0"], "--threads: was 0, must be at least 1"),
+        (["bench", "--out", none, "--threads", "-2"], "--threads: was -2, must be at least 1"),
         (["data", "make", "--items", "3", none], "num_items: was 3"),
         (["data", "make", none, "--items", "3"], "num_items: was 3"),
         (["data", "show", "--posters", none, none], "none: must be a folder"),
@@ -240,7 +246,7 @@ def test_which_errors_are_the_users(capsys: pytest.CaptureFixture[str]) -> None:
         (ImportError("reading data sets needs pyarrow"), missing, "em3: reading data sets needs pyarrow"),
         (DataError("a.csv: row 3"), None, "em3: a.csv: row 3"),
         (TrainingError("the loss"), None, "em3: the loss"),
-        (PermissionError(13, "not allowed", "file"), None, "em3: [Errno 13] not allowed: 'file'"),
+        (PermissionError(13, "not allowed", "file"), None, "em3: file: not allowed"),
     ]:
         with pytest.raises(SystemExit) as stop, complaints():
             raise error from cause

@@ -17,11 +17,18 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(), re.M | re.S)
 
 
-def test_the_layer():
+def test_the_layers(tmp_path, monkeypatch):
+    """All blocks in one session, as a reader would type them."""
+    monkeypatch.chdir(tmp_path)
     names: dict = {}
-    exec(compile(blocks("python")[0], str(README), "exec"), names)
-    assert names["content"].shape == (32, 8, 512)
+    for block in blocks("python"):
+        exec(compile(block, str(README), "exec"), names)
+    assert names["content"].shape == (32, 512)
     assert names["queries"].grad is not None
+    assert names["y"].shape == (64, 256)
+    assert names["interest"].shape == (2, 256)
+    assert names["ids"].weight.grad.any()
+    assert names["to_id"].weight.grad.any()
 
 
 def test_training_from_end_to_end(tmp_path):

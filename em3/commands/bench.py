@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from .prepare import set_threads
 from .progress import Progress, complaints
 
 
@@ -26,8 +27,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     with complaints():
-        import torch
-
         try:
             from em3.benchmarks import run as runs
             from em3.benchmarks import shapes
@@ -42,8 +41,7 @@ def run(args: argparse.Namespace) -> int:
             if name not in known:
                 raise SystemExit(f"em3: no operation {name!r} (there is {', '.join(known)})")
         places = devices(args.device)
-        if args.threads:
-            torch.set_num_threads(args.threads)
+        set_threads(args.threads)
         table = args.shapes or shapes.TABLE
         with Progress() as progress:
             for device in places:

@@ -16,13 +16,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     with complaints():
-        from ..train import config as configs
-        from ..train.run import CONFIG, Run
+        from ..train.config import ConfigError
+        from ..train.run import Run, config_of
 
-        config = configs.load([args.folder / CONFIG])
+        config = config_of(args.folder)
         for arm in args.arm or ():
             if arm not in config.arms:
-                raise configs.ConfigError(f"--arm: was {arm!r}, must be one of the run's: {', '.join(config.arms)}")
+                raise ConfigError(f"--arm: was {arm!r}, must be one of the run's: {', '.join(config.arms)}")
         with Progress() as progress:
             made = Run(config, args.folder, progress)
             for arm in args.arm or config.arms:

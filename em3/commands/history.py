@@ -8,8 +8,8 @@ import shlex
 import sys
 from pathlib import Path
 
+from .prepare import prepare_to_train
 from .progress import Progress, complaints
-from .training import prepare_to_train
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

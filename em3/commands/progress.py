@@ -68,5 +68,12 @@ def complaints() -> Iterator[None]:
     except (ValueError, OSError, RuntimeError) as error:
         # Every message of em3's own errors says what was wrong and what it must be; a traceback adds nothing to these.
         if type(error).__module__.startswith("em3.") or isinstance(error, OSError):
-            raise SystemExit(f"em3: {error}") from error
+            raise SystemExit(f"em3: {_said(error)}") from error
         raise
+
+
+def _said(error: Exception) -> str:
+    """What the system complains of, without its number: the file first."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}"
+    return str(error)

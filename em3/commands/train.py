@@ -7,8 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+from .prepare import prepare_to_train
 from .progress import Progress, complaints
-from .training import prepare_to_train
 
 OUT = Path("runs")
 
@@ -26,20 +26,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     with complaints():
         from ..train import config as configs
-        from ..train.run import CONFIG, Run
+        from ..train.run import CONFIG, Run, config_of
 
         prepare_to_train(args.threads)
         if args.resume:
             if args.data or args.posters or args.out or args.config or args.settings:
                 raise configs.ConfigError("--resume: goes on with the run's own configuration, so it takes no settings")
-            config, folder = configs.load([args.resume / CONFIG]), args.resume
+            config, folder = config_of(args.resume), args.resume
         else:
             # In quotes (JSON's are YAML's): a folder called 2024 or "a #1" must stay what it is.
             words = [f"{key}={json.dumps(str(value))}" for key, value in (("data", args.data), ("posters", args.posters)) if value]
             config = configs.load(args.config, [*words, *args.settings])
             folder = args.out or OUT / f"{Path(config.data).resolve().name}-{config.model.ranker}"
             if (folder / CONFIG).exists():
-                raise configs.ConfigError(f"--out: {folder} holds a run; `em3 train --resume {folder}` goes on with it")
+                raise configs.ConfigError(f"--out: {folder} holds a run; `em3 train --resume {folder}` goes on with it, "
+                                          "another --out begins one of its own")  # fmt: skip
         with Progress() as progress:
             made = Run(config, folder, progress)
             report = made.execute(["em3", *sys.argv[1:]])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import bench
+from .prepare import set_threads
 from .progress import Progress, complaints
 
 if TYPE_CHECKING:
@@ -24,8 +25,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     with complaints():
-        import torch
-
         from em3.tuning import table
 
         devices = bench.devices(args.device)
@@ -42,8 +41,7 @@ def run(args: argparse.Namespace) -> int:
         for name in args.what:
             if name not in shapes.DIMENSIONS:
                 raise SystemExit(f"em3: no operation {name!r} (there is {', '.join(shapes.DIMENSIONS)})")
-        if args.threads:
-            torch.set_num_threads(args.threads)
+        set_threads(args.threads)
         return max(_tune(args, device) for device in devices)
 
 

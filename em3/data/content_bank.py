@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..files import atomic, written_by_us
-from .tensor_file import Kind, TensorFile, TensorFileWriter, check_rows
+from .tensor_file import Kind, TensorFile, TensorFileWriter, as_json, check_rows
 
 DTYPES = (torch.float32, torch.bfloat16)
 ROWS = "rows"
@@ -30,7 +30,7 @@ class ContentBankError(ValueError):
     """A file that is not a content bank, not whole, damaged, replaced or of a newer format; the message begins with its path."""
 
 
-KIND = Kind("em3.content_bank", 1, "content bank", ContentBankError)
+KIND = Kind("em3.content_bank", 1, "content bank", ContentBankError, "ContentBank(rows).save(path) or ContentBank.create")
 
 
 class ContentBank:
@@ -60,6 +60,8 @@ class ContentBank:
     """
 
     def __init__(self, rows: Tensor) -> None:
+        if not isinstance(rows, Tensor):
+            raise ValueError(f"rows: was {type(rows).__name__}, must be a tensor [n, C]; ContentBank.open(path) reads a file")
         if rows.dim() != 2 or rows.shape[1] < 1 or rows.dtype not in DTYPES:
             was, must = f"{rows.dtype} {list(rows.shape)}", " or ".join(map(str, DTYPES))
             raise ValueError(f"rows: was {was}, must be {must} [n, C], 1 or more wide")
@@ -97,6 +99,9 @@ class ContentBank:
             ValueError: as :meth:`refresh`, and for a dtype or width that is not right.
             OSError: also before anything is computed, if the disk has not enough room.
         """
+        for name, value, least in (("num_rows", num_rows, 0), ("width", width, 1)):
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}: was {value!r}, must be an integer of at least {least}")
         cls(torch.empty(0, width, dtype=dtype))
         with written_by_us(path):
             chunks = _contents(content, num_rows, width, dtype, chunk, progress)
@@ -260,6 +265,8 @@ def _contents(content: Content, num_rows: int, width: int, dtype: torch.dtype, c
     """Row numbers ``[U]`` and what is stored for them ``[U, C]``, from the first row to the last."""
     if chunk < 1:
         raise ValueError(f"chunk: was {chunk}, must be at least 1")
+    if not callable(content):
+        raise ValueError(f"content: was {type(content).__name__}, must be a function of row numbers [U] that returns [U, {width}]")
     bar: Any = contextlib.nullcontext()
     if progress:
         try:
@@ -279,8 +286,10 @@ def _contents(content: Content, num_rows: int, width: int, dtype: torch.dtype, c
 
 def _stored(content: Tensor, rows: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """``content`` as it is stored, if it is fit to be."""
-    if not content.is_floating_point() or list(content.shape) != [len(rows), width]:
-        was, must = f"{content.dtype} {list(content.shape)}", f"floating-point {[len(rows), width]}"
+    fits = isinstance(content, Tensor) and content.is_floating_point() and list(content.shape) == [len(rows), width]
+    if not fits:
+        was = f"{content.dtype} {list(content.shape)}" if isinstance(content, Tensor) else type(content).__name__
+        must = f"a floating-point tensor {[len(rows), width]}"
         raise ValueError(f"content: was {was}, must be {must}")
     stored = content.detach().to(dtype)
     # One NaN would reach every user whose history names the row.
@@ -293,8 +302,9 @@ def _stored(content: Tensor, rows: Tensor, width: int, dtype: torch.dtype) -> Te
 def _write(path: str | os.PathLike[str], shape: tuple[int, ...], dtype: torch.dtype, about: Mapping[str, Any],
            pieces: Iterable[Tensor]) -> None:  # fmt: skip
     shapes = {ROWS: (dtype, list(shape))}
+    said = as_json(about)
     with atomic(path) as file:
-        writer = TensorFileWriter(file, KIND, {"about": json.dumps(dict(about))}, shapes)
+        writer = TensorFileWriter(file, KIND, {"about": said}, shapes)
         if hasattr(os, "posix_fallocate"):  # better a full disk now than after hours
             os.posix_fallocate(file.fileno(), 0, writer.begin + shape[0] * shape[1] * dtype.itemsize)
         for piece in pieces:

@@ -37,6 +37,7 @@ class Kind(NamedTuple):
     version: int  # the newest that this em3 reads, and the one that it writes
     name: str  # for people, as "token store"
     error: type[ValueError]
+    maker: str  # what writes one
 
     @property
     def remedy(self) -> str:
@@ -57,7 +58,7 @@ class TensorFile:
 
     def __init__(self, path: str | os.PathLike[str], kind: Kind, *, private: bool = False) -> None:
         self.path, self.kind = Path(path), kind
-        with open(self.path, "rb") as file:
+        with _opened(self.path, kind) as file:
             status = os.fstat(file.fileno())
             self.identity = status.st_dev, status.st_ino  # no other file's while this one is mapped
             self.metadata, self.entries, begin = _read_header(self.path, file, status.st_size, kind)
@@ -128,6 +129,16 @@ class TensorFileWriter:
         return json.dumps({"__metadata__": metadata} | entries).encode()
 
 
+def _opened(path: Path, kind: Kind) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: is not there, must be a {kind.name}; {kind.maker} writes one") from None
+    except (IsADirectoryError, NotADirectoryError) as error:
+        was = "is a folder" if path.is_dir() else "lies in what is a file"
+        raise type(error)(f"{path}: {was}, must be a {kind.name}; {kind.maker} writes one") from None
+
+
 def _private(path: Path, file: BinaryIO, size: int) -> mmap.mmap:
     """The file as memory of this process, of which it takes only what is written to."""
     flags, rights = mmap.MAP_PRIVATE | _NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
@@ -140,6 +151,10 @@ def _private(path: Path, file: BinaryIO, size: int) -> mmap.mmap:
 
 def check_rows(rows: Tensor, count: int, where: str) -> None:
     """``rows [U]`` are int64 numbers of ``count`` rows of ``where``."""
+    if not isinstance(rows, Tensor):
+        raise ValueError(f"rows: was {type(rows).__name__}, must be a tensor, torch.int64 [U]")
+    if rows.is_meta:
+        raise ValueError("rows: was on meta, must be on a device that holds data")
     if rows.dim() != 1 or rows.dtype != torch.int64:
         raise ValueError(f"rows: was {rows.dtype} {list(rows.shape)}, must be torch.int64 [U]")
     outside = (rows < 0) | (rows >= count)
@@ -175,6 +190,14 @@ def _read_header(path: Path, file: BinaryIO, size: int, kind: Kind) -> tuple[dic
     if size != must:
         raise kind.error(f"{path}: is {size} bytes long, must be {must}: it is {'cut off' if size < must else 'too long'}")
     return metadata, entries, 8 + length
+
+
+def as_json(about: Mapping[str, Any]) -> str:
+    """What a writer says about the content."""
+    try:
+        return json.dumps(dict(about))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"about: was {about!r}, must be names with what JSON can hold ({error})") from None
 
 
 def header_checksum(metadata: Mapping[str, str], entries: Mapping[str, Any]) -> str:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..files import atomic
 from ..jagged import Jagged, check_offsets_form
-from .tensor_file import Kind, Shapes, TensorFile, TensorFileWriter, check_rows
+from .tensor_file import Kind, Shapes, TensorFile, TensorFileWriter, as_json, check_rows
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -35,7 +35,7 @@ class TokenStoreError(ValueError):
     """A file that is not a token store, not whole, damaged, or of a newer format; the message begins with its path."""
 
 
-KIND = Kind("em3.token_store", 1, "token store", TokenStoreError)
+KIND = Kind("em3.token_store", 1, "token store", TokenStoreError, "TokenStore.write")
 
 
 class TokenStore:
@@ -140,9 +140,13 @@ class TokenStore:
             ValueError: naming the argument, what it was and what it must be.
         """
         widths = {}
-        for name, (values, offsets) in streams.items():
-            if values.dim() != 2:
-                raise ValueError(f"streams[{name!r}]: values were {list(values.shape)}, must be [T, C]")
+        for name, pair in streams.items():
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+                raise ValueError(f"streams[{name!r}]: was {type(pair).__name__}, must be (values [T, C], offsets [n + 1])")
+            values, offsets = pair
+            if not isinstance(values, Tensor) or values.dim() != 2:
+                was = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+                raise ValueError(f"streams[{name!r}]: values were {was}, must be [T, C]")
             check_offsets_form(offsets, f"streams[{name!r}].offsets")
             widths[name] = values.shape[1]
             dtype = dtype or values.dtype
@@ -188,6 +192,8 @@ class TokenStoreWriter:
             raise ValueError(f"dtype: was {dtype}, must be one of {', '.join(map(str, DTYPES.values()))}")
         if not widths or min(widths.values()) < 1:
             raise ValueError(f"widths: was {dict(widths)}, must hold one stream or more, each 1 or more wide")
+        if wrong := [item for item in item_ids if not isinstance(item, str)]:
+            raise ValueError(f"item_ids: held {type(wrong[0]).__name__}, must hold strings")
         if len(set(item_ids)) != len(item_ids):
             raise ValueError("item_ids: an item was there twice, must be distinct")
         self._file, self._dtype, self._widths, self._items = file, dtype, dict(widths), len(item_ids)
@@ -196,7 +202,7 @@ class TokenStoreWriter:
         names = [item.encode() for item in item_ids]
         self._names = torch.tensor(bytearray(b"".join(names)), dtype=torch.uint8)
         self._name_ends = _ends([torch.tensor([len(name) for name in names], dtype=torch.int64)])
-        metadata = {"dtype": _CODES[dtype], "about": json.dumps(dict(about))}
+        metadata = {"dtype": _CODES[dtype], "about": as_json(about)}
         self._writer = TensorFileWriter(file, KIND, metadata, self._shapes(dict.fromkeys(widths, 2**40)))
         file.seek(8 * (self._items + 1) * (len(widths) + 1), os.SEEK_CUR)  # the offsets, counted at the end
 

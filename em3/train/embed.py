@@ -15,10 +15,9 @@ from ..encoders import encode_catalogue, load_encoder
 from ..files import atomic
 from ..jagged import Jagged
 from . import arms
-from . import config as configs
 from .catalogue_tokens import ENCODERS, STREAMS
 from .config import ConfigError
-from .run import CONFIG, Run
+from .run import Run, config_of
 
 FORMATS = (".parquet", ".npy")
 CHUNK = 1024
@@ -41,7 +40,7 @@ def embed(folder: Path, items_folder: Path, out: Path, arm: str, seed: int | Non
     """
     if out.suffix not in FORMATS:
         raise ConfigError(f"--out: was {out}, must end in {' or '.join(FORMATS)}")
-    config = configs.load([folder / CONFIG])
+    config = config_of(folder)
     seed = config.seeds[0] if seed is None else seed
     if arm not in config.arms or not arms.reads_tokens(arm):
         able = [name for name in config.arms if arms.reads_tokens(name)]

@@ -172,6 +172,9 @@ class Training:
         if len(np.unique(label)) < 2:
             raise TrainingError(f"{self.batches.data.name}: the validation rows ({len(label)}) hold one class only or none, "
                                 "no epoch can be chosen by them")  # fmt: skip
+        if self.per_epoch == 1:
+            log.warning("%s: an epoch of %d training rows is a single step with train.batch_size=%d; a smaller one makes more",
+                        self.batches.data.name, len(self.rows["train"]), self.config.batch_size)  # fmt: skip
 
     def _validate(self) -> None:
         """Scores of the weights, or of their average, and the checkpoint of the best so far."""

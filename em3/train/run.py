@@ -235,11 +235,24 @@ def _cell(values: list[float | None]) -> str:
     return f"{mean:.4f}" if error is None else f"{mean:.4f} ± {error:.4f}"
 
 
+def config_of(folder: Path) -> Config:
+    """What the run in ``folder`` was begun with.
+
+    Raises:
+        ConfigError: if there is no run in it.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        was = f"holds no {CONFIG}" if folder.is_dir() else "is a file" if folder.exists() else "is not there"
+        raise ConfigError(f"{folder}: {was}, must be the folder of a run; `em3 train --data CATALOGUE --out FOLDER` makes one")
+    return configs.load([path])
+
+
 def _claim(folder: Path, config: Config) -> None:
     """Write config.yaml into a new folder; in one that has it, it must say the same."""
     path = folder / CONFIG
     if path.exists():
-        before = configs.load([path])
+        before = config_of(folder)
         if changed := configs.differences(before.to_dict(), config.to_dict()):
             raise ConfigError(
                 f"{folder}: holds a run of another configuration ({', '.join(changed)} differ); "

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import struct
 import subprocess
@@ -303,8 +304,8 @@ def test_a_killed_refresh(path: Path) -> None:
     (lambda b: b.write(torch.tensor([-1]), torch.zeros(1, 6)), "rows: was -1, must be from 0 to 8"),
     (lambda b: b.write(torch.tensor([1.0]), torch.zeros(1, 6)), r"rows: was torch\.float32 \[1\], must be torch\.int64 \[U\]"),
     (lambda b: b.write(torch.tensor([3, 3]), torch.zeros(2, 6)), "rows: a row was there twice, must be distinct"),
-    (lambda b: b.write(torch.tensor([3, 4]), torch.zeros(2, 5)), r"content: was torch\.float32 \[2, 5\], must be floating-point \[2, 6\]"),
-    (lambda b: b.write(torch.tensor([3]), torch.zeros(2, 6)), r"content: was .* must be floating-point \[1, 6\]"),
+    (lambda b: b.write(torch.tensor([3, 4]), torch.zeros(2, 5)), r"content: was torch\.float32 \[2, 5\], must be a floating-point tensor \[2, 6\]"),
+    (lambda b: b.write(torch.tensor([3]), torch.zeros(2, 6)), r"content: was .* must be a floating-point tensor \[1, 6\]"),
     (lambda b: b.write(torch.tensor([3]), torch.zeros(1, 6, dtype=torch.int64)), r"content: was torch\.int64"),
     (lambda b: b.write(torch.tensor([3, 5]), torch.tensor([[0.0], [torch.nan]]).expand(2, 6)), "content: of row 5 was not finite"),
     (lambda b: b.write(torch.tensor([3]), torch.full((1, 6), 1e300, dtype=torch.float64)), r"row 3 was not finite in torch\.float32"),
@@ -465,3 +466,30 @@ def test_a_limit_on_what_may_be_mapped(path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", LIMITED, path], capture_output=True, text=True, check=True)
     assert f"{path}: 8,589,934,912 bytes cannot be mapped" in done.stdout
     assert "ulimit -d" in done.stdout
+
+
+def test_wrong_kinds_of_things(tmp_path):
+    """Each is told what it was and what makes the right one; nothing is left in the folder."""
+    bank = ContentBank(torch.zeros(3, 4))
+    folder = re.escape(str(tmp_path))
+    for call, error, message in [
+        (lambda: ContentBank.open(tmp_path / "none"), FileNotFoundError, f"^{folder}/none: is not there, must be a content bank; Con"),
+        (lambda: ContentBank.open(tmp_path), IsADirectoryError, f"^{folder}: is a folder, must be a content bank"),
+        (lambda: bank.save(tmp_path), IsADirectoryError, f"^{folder}: is a folder, must be the name of a file"),
+        (lambda: ContentBank([[1.0]]), ValueError, r"^rows: was list, must be a tensor \[n, C\]; ContentBank.open"),
+        (lambda: bank.write([1], torch.zeros(1, 4)), ValueError, "^rows: was list, must be a tensor"),
+        (lambda: bank.write(torch.tensor([1], device="meta"), torch.zeros(1, 4)), ValueError, "^rows: was on meta"),
+        (lambda: bank.write(torch.tensor([1]), [1.0]), ValueError, r"^content: was list, must be a floating-point tensor \[1, 4\]"),
+        (lambda: bank.refresh(torch.zeros(3, 4)), ValueError, r"^content: was Tensor, must be a function of row numbers"),
+        (lambda: bank.refresh(lambda rows: None), ValueError, "^content: was NoneType, must be a floating-point tensor"),
+        (lambda: bank.save(tmp_path / "b", about={"a": object()}), ValueError, "^about: was .* must be names with what JSON can hold"),
+        (lambda: ContentBank.create(tmp_path / "b", -1, 4, lambda rows: None), ValueError, "^num_rows: was -1, must be an integer of"),
+        (lambda: ContentBank.create(tmp_path / "b", 3, 4.0, lambda rows: None), ValueError, "^width: was 4.0, must be an integer of"),
+    ]:  # fmt: skip
+        with pytest.raises(error, match=message):
+            call()
+    assert not [path for path in tmp_path.iterdir() if not path.name.endswith(".lock")]
+    (tmp_path / "file").write_text("")
+    for call in (lambda: bank.save(tmp_path / "file" / "b"), lambda: ContentBank.open(tmp_path / "file" / "b")):
+        with pytest.raises(NotADirectoryError, match=f"^{folder}/file"):
+            call()

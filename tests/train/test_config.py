@@ -95,3 +95,22 @@ def test_a_wrong_type_in_a_file_names_the_key(tmp_path):
     path.write_text("train:\n  lr: fast\n")
     with pytest.raises(ConfigError, match=re.escape(f"{path}: train.lr: Value 'fast'")):
         load([path], ["data=x"])
+
+
+def test_the_page_of_settings():
+    """docs/training.md has each key with its default, and none that there is not."""
+    import dataclasses
+
+    def defaults(config, prefix=""):
+        for f in dataclasses.fields(config):
+            value = getattr(config, f.name)
+            if dataclasses.is_dataclass(value):
+                yield from defaults(value, f"{f.name}.")
+            elif isinstance(value, list):
+                yield f"{prefix}{f.name}", f"[{', '.join(map(str, value))}]"
+            else:
+                yield f"{prefix}{f.name}", {"None": "null", "True": "true", "False": "false", "???": ""}.get(str(value), str(value))
+
+    page = (Path(__file__).resolve().parents[2] / "docs" / "training.md").read_text()
+    rows = re.findall(r"^\| `([\w.]+)` \| (?:`(.*?)`)? ?\| \S", page, re.MULTILINE)
+    assert rows == list(defaults(Config()))

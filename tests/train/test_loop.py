@@ -251,6 +251,20 @@ def test_rows_that_will_not_do(split, left, message, seed, tmp_path):
     assert not (tmp_path / "t").exists()
 
 
+def test_an_epoch_of_one_step_is_told(seed, tmp_path, caplog):
+    def said(rows):
+        setting = Setting(seed, "id_only", TrainConfig(epochs=1, batch_size=32))
+        training = setting.training(tmp_path / str(rows))
+        training.rows["train"] = training.rows["train"][:rows]
+        training.per_epoch = max(1, rows // 32)
+        caplog.clear()
+        training._check_rows()
+        return caplog.messages
+
+    assert said(63) == ["made up: an epoch of 63 training rows is a single step with train.batch_size=32; a smaller one makes more"]
+    assert said(64) == []
+
+
 def test_learning_rate():
     config = TrainConfig(lr=2.0, warmup_steps=10)
     rates = [loop.learning_rate(step, 100, config) for step in range(100)]
