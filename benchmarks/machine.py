@@ -34,7 +34,9 @@ def head(device: str, dtypes: tuple[torch.dtype, ...]) -> dict[str, Any]:
 
 def without_folders(text: str) -> str:
     """A text with the folders of this machine named by what they are, for results are shown to others."""
-    known = {Path(em3.__file__).resolve().parent.parent: ".", Path(sys.prefix).resolve(): "(environment)", Path.home(): "~"}
+    packages = Path(torch.__file__).resolve().parent.parent  # of another environment, if this one borrows them
+    known = {Path(em3.__file__).resolve().parent.parent: ".", Path(sys.prefix).resolve(): "(environment)", Path.home(): "~",
+             packages: "(packages)"}  # fmt: skip
     for folder in sorted(known, key=lambda folder: -len(folder.parts)):  # the environment may lie in the checkout
         if folder != Path(folder.anchor):
             text = text.replace(f"{folder}/", f"{known[folder]}/")

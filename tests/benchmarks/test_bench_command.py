@@ -15,6 +15,7 @@ import torch
 for package in ("yaml", "psutil", "matplotlib", "tqdm"):
     pytest.importorskip(package)
 
+import em3
 from em3.benchmarks import end_to_end, operations, overhead, page, patched, run, table
 from em3.benchmarks.operations import Effort
 from em3.cli import main
@@ -71,6 +72,11 @@ def test_a_run_of_its_own(mine, tmp_path):
     markdown = (tmp_path / "out" / "results.md").read_text()
     assert markdown.rstrip() == done.stdout.partition("# Measured")[1] + done.stdout.partition("# Measured")[2].rpartition("report:")[0].rstrip()
     assert re.search(r"\| tiny: B=16 V=8 \| em3 \| ", markdown)
+    for file in ("results.jsonl", "results.md", "report.html"):
+        text = (tmp_path / "out" / file).read_text()
+        assert "em3 0." in text
+        for folder in (Path(em3.__file__).parents[1], Path(torch.__file__).parents[1], Path.home()):
+            assert f"{folder}/" not in text
 
 
 def test_what_was_measured_is_kept_and_gone_on_with(mine, tmp_path, swift, monkeypatch):
