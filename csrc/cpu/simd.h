@@ -135,6 +135,7 @@ EM3_INLINE V zero() { return splat(0.0f); }
 EM3_INLINE V operator+(V a, V b) { EM3_LANES a.v[i] += b.v[i]; return a; }
 EM3_INLINE V operator-(V a, V b) { EM3_LANES a.v[i] -= b.v[i]; return a; }
 EM3_INLINE V operator*(V a, V b) { EM3_LANES a.v[i] *= b.v[i]; return a; }
+EM3_INLINE V operator/(V a, V b) { EM3_LANES a.v[i] /= b.v[i]; return a; }
 EM3_INLINE V fma(V a, V b, V c) { EM3_LANES c.v[i] += a.v[i] * b.v[i]; return c; }
 EM3_INLINE V vmax(V a, V b) { EM3_LANES a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return a; }
 EM3_INLINE bool any_greater(V a, V b) { bool r = false; EM3_LANES r = r || a.v[i] > b.v[i]; return r; }
