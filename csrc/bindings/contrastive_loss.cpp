@@ -59,7 +59,7 @@ Contrast contrast(const py::object& x, const py::object& y, const py::object& sc
     const auto* const offsets = block_or_null<const float>(offset, "offset", {own ? m : b + m});
     const std::int64_t first = own ? 0 : b;  // where the ids and offsets of columns begin
     return {contrast_kind(kind), b, n, m, v, own, {first_x, rows.stride(0), b, nullptr, nullptr},
-            {first_y, candidates.stride(0), m, nullptr, nullptr}, factor, added == nullptr ? 0.0 : *added,
+            {first_y, candidates.stride(0), m, nullptr, nullptr}, factor, added == nullptr ? 0.0 : *added, false,
             ids, ids == nullptr ? nullptr : ids + first, offsets, offsets == nullptr ? nullptr : offsets + first};
 }
 

@@ -325,28 +325,32 @@ void check(const Contrast& given) {
 
 // log(sums) + shifts to base 2 (null = the one shift) in the caller's order. False if one is not at least `lowest`.
 bool finish(const Arrangement& a, const Source& side, int64_t n, const Floats& sums, const float* shifts, float lowest,
-            float* out) {
+            bool base2, float* out) {
   bool good = true;
   for (int64_t i = 0; out != nullptr && i < n; ++i) {
-    const float value = std::log(sums.get()[i]) + (shifts == nullptr ? a.shift : kLn2 * shifts[i]);
+    const double log = std::log(static_cast<double>(sums.get()[i]));
+    const double value = log + (shifts == nullptr ? a.shift : shifts[i] / kLog2E);
     good = good && value >= lowest;
-    out[side.place(i)] = value;
+    out[side.place(i)] = static_cast<float>(!base2 ? value : shifts == nullptr ? value * kLog2E : log * kLog2E + shifts[i]);
   }
   return good;
 }
 
-bool at_least(float lowest, const float* of_rows, int64_t n) {
-  return of_rows == nullptr || std::all_of(of_rows, of_rows + n, [&](float value) { return value >= lowest; });
+bool at_least(float lowest, const float* of_rows, int64_t n, bool base2) {
+  const float least = base2 ? static_cast<float>(lowest * kLog2E) : lowest;
+  return of_rows == nullptr || std::all_of(of_rows, of_rows + n, [&](float value) { return value >= least; });
 }
 
 // What softmaxes() takes for a direction: its logsumexp to base 2 or, with one shift, the factor of the exponentials.
 // Where there is no gradient or no candidate, an infinite logsumexp makes every share of it 0.
-Floats factors(const Arrangement& a, const Source& side, int64_t n, const float* of_side, const Floats& gradient) {
+Floats factors(const Arrangement& a, const Source& side, int64_t n, const float* of_side, const Floats& gradient,
+               bool base2) {
   Floats lse = Arrangement::arranged(side, of_side, n, kInfinity);
   for (int64_t i = 0; i < side.places; ++i) {
     float& value = lse.get()[i];
     if (value == -kInfinity) value = kInfinity;
-    value = a.sheet.one_shift ? gradient.get()[i] * std::exp(a.shift - value) : static_cast<float>(kLog2E) * value;
+    const double log2 = base2 ? value : kLog2E * value;
+    value = static_cast<float>(a.sheet.one_shift ? gradient.get()[i] * std::exp(a.shift - log2 / kLog2E) : log2);
   }
   return lse;
 }
@@ -386,8 +390,8 @@ void contrastive_loss_forward(const Contrast& given, const ShiftLimits& limits, 
       copy_sums(sheet.x, given.B, row_sum, row);
       return copy_sums(sheet.y, given.N, col_sum, col);
     }
-    const bool rows_fit = finish(a, sheet.x, given.B, row_sum, nullptr, a.shift + limits.low, row);
-    if (finish(a, sheet.y, given.N, col_sum, nullptr, a.shift + limits.low, col) && rows_fit) return;
+    const bool rows_fit = finish(a, sheet.x, given.B, row_sum, nullptr, a.shift + limits.low, given.base2, row);
+    if (finish(a, sheet.y, given.N, col_sum, nullptr, a.shift + limits.low, given.base2, col) && rows_fit) return;
   }
   const Floats row_sum(sheet.B), row_max(sheet.B), col_sum(sheet.padded_M), col_max(sheet.padded_M);
   std::fill(row_max.get(), row_max.get() + sheet.B, std::numeric_limits<float>::lowest());
@@ -395,8 +399,8 @@ void contrastive_loss_forward(const Contrast& given, const ShiftLimits& limits, 
   ForwardJob job{sheet, row_sum.get(), row_max.get(), col_sum.get(), col_max.get(), kept.logits, kept.stride};
   job.sheet.one_shift = false;
   run_forward(a, job);
-  finish(a, sheet.x, given.B, row_sum, row_max.get(), -kInfinity, row);
-  finish(a, sheet.y, given.N, col_sum, col_max.get(), -kInfinity, col);
+  finish(a, sheet.x, given.B, row_sum, row_max.get(), -kInfinity, given.base2, row);
+  finish(a, sheet.y, given.N, col_sum, col_max.get(), -kInfinity, given.base2, col);
 }
 
 void contrastive_loss_backward(const Contrast& given, const ShiftLimits& limits, const float* row, const float* col,
@@ -408,7 +412,8 @@ void contrastive_loss_backward(const Contrast& given, const ShiftLimits& limits,
   Sheet& sheet = a.sheet;
   if (!sheet.sigmoid) {
     const float lowest = a.shift + limits.low;
-    sheet.one_shift = sheet.one_shift && at_least(lowest, row, given.B) && at_least(lowest, col, given.N);
+    sheet.one_shift = sheet.one_shift && at_least(lowest, row, given.B, given.base2) &&
+                      at_least(lowest, col, given.N, given.base2);
     if (row == nullptr) drow = nullptr;
     if (col == nullptr) dcol = nullptr;
   }
@@ -416,8 +421,8 @@ void contrastive_loss_backward(const Contrast& given, const ShiftLimits& limits,
   const Floats to_cols = Arrangement::arranged(sheet.y, dcol, given.N, 0.0f);
   Floats rows, cols;
   if (!sheet.sigmoid) {
-    rows = factors(a, sheet.x, given.B, row, to_rows);
-    cols = factors(a, sheet.y, given.N, col, to_cols);
+    rows = factors(a, sheet.x, given.B, row, to_rows, given.base2);
+    cols = factors(a, sheet.y, given.N, col, to_cols, given.base2);
   }
   const Floats down(sheet.B), across(sheet.padded_M), bias(sheet.sigmoid ? sheet.B : 0);
   const BackwardJob job{sheet, rows.get(), to_rows.get(), cols.get(), to_cols.get(),
@@ -449,6 +454,11 @@ void each_run_of_rows(int64_t n, int64_t V, int threads, const Fn& fn) {
 }
 
 }  // namespace
+
+double rounded_scale(double scale, const float* factor) {
+  const float packed = static_cast<float>(scale * kLog2E);
+  return (factor == nullptr ? packed : packed * *factor) / kLog2E;
+}
 
 void row_products(const float* a, const float* b, int64_t n, int64_t V, double* to, int threads, Isa isa) {
   const KernelTable& table = kernels(isa);

@@ -34,6 +34,7 @@ struct Contrast {
   bool own;         // row i is column i: N = B, and the columns' ids and first offsets are the rows'
   Embeddings x, y;  // [B, V], [M, V]
   double scale, bias;
+  bool base2;  // logsumexps go out and come back as logarithms to base 2, as they are made: near 1,000 no digit is lost
   const std::int64_t *row_ids, *col_ids;  // [B], [N]; null = every row and column is an item of its own
   const float *down, *across;             // [B], [M], offsets of rows and columns as candidates; null = 0
 };
@@ -75,6 +76,9 @@ struct ContrastGradients {
 void contrastive_loss_backward(const Contrast& given, const ShiftLimits& limits, const float* row, const float* col,
                                const float* drow, const float* dcol, const Kept& kept, const ContrastGradients& to,
                                int threads, Isa isa);
+
+// What a row's products count as logits, as the matrix has it, where rounding to float32 has moved the scale.
+double rounded_scale(double scale, const float* factor);
 
 // The products of n rows of a and b, or the inverse lengths of rows: 0 for one no longer than 1e-12.
 void row_products(const float* a, const float* b, std::int64_t n, std::int64_t V, double* to, int threads, Isa isa);

@@ -32,7 +32,7 @@ struct Whole {
   const Isa isa;
   const std::int64_t B = given.B, V = given.V, M = given.B + given.K;
   Floats inverse, offset;  // [B + M] of content, then of IDs and negatives; [M]
-  Doubles similarity;      // [B], of the positives
+  Doubles similarity;      // [B], of the positives, times the scale
   Contrast contrast{};
 
   Whole(const WholeContrast& whole, const ShiftLimits& shift_limits, const WholeState& kept, int at_most, Isa path)
@@ -45,8 +45,10 @@ struct Whole {
     }
     similarity.resize(size(B));
     row_products(given.content, given.ids, B, V, similarity.data(), threads, isa);
-    for (std::int64_t i = 0; given.normalize && i < B; ++i) {
-      similarity[size(i)] *= static_cast<double>(inverse[size(i)]) * inverse[size(B + i)];
+    // With the scale as it is in the matrix: near 1,000 its rounding would be between the positive and the others.
+    for (std::int64_t i = 0; i < B; ++i) {
+      const double scale = rounded_scale(given.scale, given.normalize ? &inverse[size(i)] : nullptr);
+      similarity[size(i)] *= scale * (given.normalize ? inverse[size(B + i)] : 1.0f);
     }
     if (given.log_q != nullptr) {
       offset.resize(size(M));
@@ -64,6 +66,7 @@ struct Whole {
     contrast.y = {given.ids, V, B, given.negatives, of_ids()};
     contrast.scale = given.scale;
     contrast.bias = given.bias;
+    contrast.base2 = !given.sigmoid;
     // Several positives of InfoNCE are candidates like any other row.
     const bool apart = given.duplicates == Duplicates::mask || (given.sigmoid && positive);
     contrast.row_ids = contrast.col_ids = apart ? given.item_ids : nullptr;
@@ -77,7 +80,7 @@ struct Whole {
       loss = given.sigmoid ? softplus(-positive(i)) : 0.0;
       for (const float* others : {state.row, state.col}) {
         if (others == nullptr) continue;
-        loss += (given.sigmoid ? others[i] : softplus(others[i] - positive(i))) / ways();
+        loss += (given.sigmoid ? others[i] : softplus(margin(others, i))) / ways();
       }
     }
     const LinearTerms terms(given, of_content(), of_ids());
@@ -132,8 +135,11 @@ struct Whole {
 
   // The positive's logit.
   double positive(std::int64_t i) const {
-    return given.scale * similarity[size(i)] + given.bias - (given.log_q == nullptr ? 0.0 : given.log_q[i]);
+    return similarity[size(i)] + given.bias - (given.log_q == nullptr ? 0.0 : given.log_q[i]);
   }
+
+  // The logsumexp over the others less the positive's logit.
+  double margin(const float* others, std::int64_t i) const { return others[i] * 0.6931471805599453 - positive(i); }
 
   double inverse_mass() const {
     double mass = 0.0;
@@ -149,7 +155,7 @@ struct Whole {
 
   void pass_on(const float* others, std::int64_t i, double share, Floats& gradient, Doubles& dpositive) const {
     if (others == nullptr) return;
-    const double slope = given.sigmoid ? share : share * sigmoid(others[i] - positive(i));
+    const double slope = given.sigmoid ? share : share * sigmoid(margin(others, i));
     gradient[size(i)] = static_cast<float>(slope);
     if (!given.sigmoid) dpositive[size(i)] -= slope;
   }

@@ -38,8 +38,8 @@ torch.library.define(
 
 def served(backend: str, x: Tensor, y: Tensor, scale: Tensor, item_ids: Tensor | None, offset: Tensor | None, rows: bool,
            cols: bool) -> ModuleType:  # fmt: skip
-    """The compiled kernel where it can serve, as it did three times as fast or more, else the torch backend; one that was
-    asked for by name and cannot is refused."""
+    """The compiled kernel where it can serve (B=2,048, V=128, two threads: 54 ms against 134), else the torch backend; one
+    that was asked for by name and cannot is refused."""
     if backend == "torch":
         return tiled
     reason = compiled.unavailable() or compiled.supports(x, y, scale, item_ids, offset, rows, cols)

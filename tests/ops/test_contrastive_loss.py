@@ -495,3 +495,15 @@ def test_no_logits_are_kept_under_no_grad(monkeypatch):
         with torch.set_grad_enabled(grad):
             assert em3.ops.contrastive_loss(x, y, logit_scale=scale, backend="cpp").requires_grad == grad
     assert asked == [False, True]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_in_the_thousands_keep_their_digits(backend):
+    """Near 3,000 a float32 has steps of 2e-4: what loses one, between a positive and the others or on the way to the backward,
+    has lost 1e-4 of the gradient."""
+    args = make(300, 64, normalize=False)
+    args["logit_scale"] = torch.tensor(125.0).double().requires_grad_()
+    content = torch.autograd.grad(reference.contrastive_loss(**args), args["content"])[0]
+    single = oracle.convert(args, torch.float32)
+    got = torch.autograd.grad(op(backend)(**single), single["content"])[0]
+    assert oracle.relative_error(got, content, 0.0) < 2e-5
