@@ -49,14 +49,14 @@ def direct_target_backward():
 
 def direct_contrast():
     f = torch.randn
-    return dict(x=f(5, 8), y=f(7, 8), scale=torch.tensor(3.0, dtype=torch.float64), item_ids=torch.tensor([4, -1, 4, 2**60, 0]), offset=f(7),
-                limits=(40.0, -60.0, 150.0, 20.0), row=f(5), col=f(5), threads=2)  # fmt: skip
+    return dict(x=f(5, 8), y=f(7, 8), scale=torch.tensor(3.0, dtype=torch.float64), bias=torch.tensor(-1.0, dtype=torch.float64),
+                item_ids=torch.tensor([4, -1, 4, 2**60, 0]), offset=f(7), kind="sigmoid", limits=(40.0, -60.0, 150.0, 20.0), row=f(5), col=f(5), threads=2)  # fmt: skip
 
 
 def direct_contrast_backward():
     return direct_contrast() | dict(
         drow=torch.randn(5), dcol=torch.randn(5), dx=torch.empty(5, 8), dy=torch.empty(7, 8), dscale=torch.empty((), dtype=torch.float64),
-        doffset=torch.empty(7),
+        dbias=torch.empty((), dtype=torch.float64), doffset=torch.empty(7), kind="infonce",
     )  # fmt: skip
 
 
@@ -75,16 +75,23 @@ def direct_linear_backward():
 
 def direct_contrast_whole():
     f = torch.randn
-    return dict(content=f(5, 8), ids_embedding=f(5, 8), negatives=f(2, 8), scale=3.0, item_ids=torch.tensor([4, -1, 4, 2**60, 0]),
-                log_q=f(5), weight=torch.rand(5), limits=(40.0, -60.0, 150.0, 20.0), rows=True, cols=True, mean=True, normalize=True,
-                dcontent=f(5, 8), dids=f(5, 8), dnegatives=f(2, 8), dscale=torch.tensor(0.0, dtype=torch.float64), dlog_q=f(5),
-                dweight=f(5), threads=2)  # fmt: skip
+    return dict(content=f(5, 8), ids_embedding=f(5, 8), negatives=f(20, 8), scale=3.0, bias=0.0, item_ids=torch.tensor([4, -1, 4, 2**60, 0]),
+                log_q=f(5), weight=torch.rand(5), kind="infonce", duplicates="positive", direction="both", reduction="mean",
+                smoothing=0.1, normalize=True, row=f(5), col=f(5), losses=torch.empty(5, dtype=torch.float64), kept=f(5, 32),
+                limits=(40.0, -60.0, 150.0, 20.0), threads=2)  # fmt: skip
+
+
+def direct_contrast_whole_backward():
+    f, number = torch.randn, torch.tensor(1.0, dtype=torch.float64)
+    return dict(upstream=number.clone()) | direct_contrast_whole() | dict(
+        dcontent=f(5, 8), dids=f(5, 8), dnegatives=f(20, 8), dscale=number.clone(), dbias=number.clone(), dlog_q=f(5), dweight=f(5),
+    )  # fmt: skip
 
 
 DIRECT = {
     "lora_linear_forward": direct_linear, "lora_linear_backward": direct_linear_backward,
     "contrastive_loss_forward": direct_contrast, "contrastive_loss_backward": direct_contrast_backward,
-    "contrastive_loss_whole": direct_contrast_whole,
+    "contrastive_loss_whole_forward": direct_contrast_whole, "contrastive_loss_whole_backward": direct_contrast_whole_backward,
     "qformer_attention_forward": direct, "qformer_attention_backward": direct_backward,
     "lora_target_attention_forward": direct_target, "lora_target_attention_backward": direct_target_backward,
 }  # fmt: skip
@@ -92,7 +99,7 @@ DIRECT = {
 
 # What no longer fits where that one is longer.
 MISFITS = {
-    "contrastive_loss": {"x": "y", "y": "offset", "content": "ids_embedding", "negatives": "dnegatives"},
+    "contrastive_loss": {"x": "y", "y": "offset", "content": "ids_embedding", "negatives": "kept"},
     "lora_linear_forward": {"x": "adapter", "a": "b"}, "lora_linear_backward": {"dy": "adapter", "a": "b"},
 }  # fmt: skip
 
@@ -117,7 +124,7 @@ def spoil(tensor, how):
 @pytest.mark.parametrize("name", DIRECT)
 def test_the_compiled_code_takes_nothing_on_trust(name, how):
     """A wrong tensor in any place of a direct call is a ValueError that names it, never a wild read or write."""
-    function, op_name = getattr(cpp.compiled(), name), name.rsplit("_", 1)[0]
+    function, op_name = getattr(cpp.compiled(), name), name.rsplit("_", 1)[0].removesuffix("_whole")
     function(**DIRECT[name]())
     for i, _ in enumerate(places(DIRECT[name]())):
         given = DIRECT[name]()

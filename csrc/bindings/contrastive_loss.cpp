@@ -1,8 +1,11 @@
 // The operator em3::contrastive_loss for float32 on the CPU.
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <optional>
+#include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "../cpu/contrastive_loss.h"
 #include "../cpu/contrastive_loss_whole.h"
@@ -21,8 +24,25 @@ T* block_or_null(const py::object& given, const std::string& name, const Sizes& 
     return given.is_none() ? nullptr : tensor(given, name).block<T>(shape);
 }
 
-Contrast contrast(const py::object& x, const py::object& y, const py::object& scale, const py::object& item_ids,
-                  const py::object& offset, const std::optional<std::int64_t>& apart) {
+template <class T, std::size_t N>
+T word(const std::string& given, const char* name, const std::array<std::pair<const char*, T>, N>& words) {
+    std::string all;
+    for (const auto& [text, value] : words) {
+        if (given == text) return value;
+        all += std::string(all.empty() ? "" : ", ") + text;
+    }
+    throw std::invalid_argument("contrastive_loss: " + std::string(name) + ": was " + given + ", must be one of " + all);
+}
+
+ContrastKind contrast_kind(const std::string& given) {
+    constexpr std::array<std::pair<const char*, ContrastKind>, 3> words{
+        {{"infonce", ContrastKind::infonce}, {"sigmoid", ContrastKind::sigmoid}, {"sigmoid_positive", ContrastKind::sigmoid_positive}}};
+    return word(given, "kind", words);
+}
+
+Contrast contrast(const py::object& x, const py::object& y, const py::object& scale, const py::object& bias,
+                  const py::object& item_ids, const py::object& offset, const std::string& kind,
+                  const std::optional<std::int64_t>& apart) {
     const Tensor rows = tensor(x, "x"), candidates = tensor(y, "y");
     const auto* const first_x = rows.rows<const float>({-1, -1});
     const std::int64_t b = rows.shape()[0], v = rows.shape()[1];
@@ -34,108 +54,186 @@ Contrast contrast(const py::object& x, const py::object& y, const py::object& sc
         candidates.fail(std::to_string(m) + " rows", "at least the " + std::to_string(n) + (own ? " of x" : " of apart"));
     }
     const double factor = *tensor(scale, "scale").block<const double>({});
+    const auto* const added = block_or_null<const double>(bias, "bias", {});
     const auto* const ids = block_or_null<const std::int64_t>(item_ids, "item_ids", {own ? b : b + n});
     const auto* const offsets = block_or_null<const float>(offset, "offset", {own ? m : b + m});
     const std::int64_t first = own ? 0 : b;  // where the ids and offsets of columns begin
-    return {b, n, m, v, own, first_x, rows.stride(0), first_y, candidates.stride(0), static_cast<float>(factor),
+    return {contrast_kind(kind), b, n, m, v, own, {first_x, rows.stride(0), b, nullptr, nullptr},
+            {first_y, candidates.stride(0), m, nullptr, nullptr}, factor, added == nullptr ? 0.0 : *added, false,
             ids, ids == nullptr ? nullptr : ids + first, offsets, offsets == nullptr ? nullptr : offsets + first};
 }
 
 ShiftLimits shift_limits(const std::array<float, 4>& limits) { return {limits[0], limits[1], limits[2], limits[3]}; }
 
-constexpr const char* kForward = R"(The forward of em3::contrastive_loss, on float32 CPU tensors.
+constexpr const char* kForward = R"(The forward of em3::contrastive_loss and em3::contrastive_sigmoid, on float32 CPU tensors.
 
-x: [B, V], y: [M, V], M >= N, their rows in one piece each. scale: float64 []. apart: None where row i is column i, and
-then N = B; else N. item_ids: int64 [B], or [B + N] of rows and columns, or None. offset: [M], or [B + M] of rows and
-columns, or None. limits: TOP, LOW, LARGEST_LOGIT, LARGEST_SPREAD of the torch backend. Writes row [B] and col [N], None
-where not wanted.
+x: [B, V], y: [M, V], M >= N, their rows in one piece each. scale: float64 []. bias: float64 [], or None for kind
+"infonce". apart: None where row i is column i, and then N = B; else N. item_ids: int64 [B], or [B + N] of rows and
+columns, or None. offset: [M], or [B + M] of rows and columns, or None. kind: "infonce", "sigmoid" or "sigmoid_positive".
+limits: TOP, LOW, LARGEST_LOGIT, LARGEST_SPREAD of the torch backend. Writes row [B] and col [N], None where not wanted.
 isa: "" for the widest instruction set of this processor.)";
 
-void forward(const py::object& x, const py::object& y, const py::object& scale, const py::object& item_ids,
-             const py::object& offset, const std::array<float, 4>& limits, const py::object& row, const py::object& col,
-             int threads, const std::string& isa, const std::optional<std::int64_t>& apart) {
+void forward(const py::object& x, const py::object& y, const py::object& scale, const py::object& bias,
+             const py::object& item_ids, const py::object& offset, const std::string& kind,
+             const std::array<float, 4>& limits, const py::object& row, const py::object& col, int threads,
+             const std::string& isa, const std::optional<std::int64_t>& apart) {
     const Isa path = resolve_isa(isa);
-    const Contrast given = contrast(x, y, scale, item_ids, offset, apart);
+    const Contrast given = contrast(x, y, scale, bias, item_ids, offset, kind, apart);
     float* const to_row = block_or_null<float>(row, "row", {given.B});
     float* const to_col = block_or_null<float>(col, "col", {given.N});
     py::gil_scoped_release release;
-    contrastive_loss_forward(given, shift_limits(limits), to_row, to_col, threads, path);
+    contrastive_loss_forward(given, shift_limits(limits), to_row, to_col, {nullptr, 0}, threads, path);
 }
 
-constexpr const char* kBackward = R"(The backward of em3::contrastive_loss, on float32 CPU tensors.
+constexpr const char* kBackward = R"(The backward of the same, on float32 CPU tensors.
 
-drow [B] and dcol [N], None = 0; what the forward read and wrote. Writes dx [B, V], dy [M, V], dscale
-float64 [] and doffset like offset; each is None where it is not wanted.)";
+drow [B] and dcol [N], None = 0; what the forward read and, for "infonce", wrote. Writes dx [B, V], dy [M, V], dscale and
+dbias, float64 [], and doffset like offset; each is None where it is not wanted. dscale takes dx.)";
 
 void backward(const py::object& drow, const py::object& dcol, const py::object& x, const py::object& y,
-              const py::object& scale, const py::object& item_ids, const py::object& offset,
-              const std::array<float, 4>& limits, const py::object& row, const py::object& col, const py::object& dx,
-              const py::object& dy, const py::object& dscale, const py::object& doffset, int threads,
-              const std::string& isa, const std::optional<std::int64_t>& apart) {
+              const py::object& scale, const py::object& bias, const py::object& item_ids, const py::object& offset,
+              const std::string& kind, const std::array<float, 4>& limits, const py::object& row, const py::object& col,
+              const py::object& dx, const py::object& dy, const py::object& dscale, const py::object& dbias,
+              const py::object& doffset, int threads, const std::string& isa, const std::optional<std::int64_t>& apart) {
     const Isa path = resolve_isa(isa);
-    const Contrast given = contrast(x, y, scale, item_ids, offset, apart);
+    const Contrast given = contrast(x, y, scale, bias, item_ids, offset, kind, apart);
     const Sizes of_rows{given.B}, of_cols{given.N};
+    if (dx.is_none() && !dscale.is_none()) {
+        throw std::invalid_argument("contrastive_loss: dx: was None, must be given where dscale is");
+    }
     const ContrastGradients to{
-        block_or_null<float>(dx, "dx", {given.B, given.V}), block_or_null<float>(dy, "dy", {given.M, given.V}),
-        block_or_null<double>(dscale, "dscale", {}), block_or_null<float>(doffset, "doffset", {given.own ? given.M : given.B + given.M})};
+        block_or_null<float>(dx, "dx", {given.B, given.V}), block_or_null<float>(dy, "dy", {given.M, given.V}), nullptr,
+        block_or_null<double>(dscale, "dscale", {}), block_or_null<double>(dbias, "dbias", {}),
+        block_or_null<float>(doffset, "doffset", {given.own ? given.M : given.B + given.M})};
     const auto *const of_row = block_or_null<const float>(row, "row", of_rows),
                *const of_col = block_or_null<const float>(col, "col", of_cols);
     const auto *const from_row = block_or_null<const float>(drow, "drow", of_rows),
                *const from_col = block_or_null<const float>(dcol, "dcol", of_cols);
     py::gil_scoped_release release;
-    contrastive_loss_backward(given, shift_limits(limits), of_row, of_col, from_row, from_col, to, threads, path);
+    if (to.dx != nullptr) std::fill(to.dx, to.dx + given.B * given.V, 0.0f);
+    if (to.dy != nullptr) std::fill(to.dy, to.dy + given.M * given.V, 0.0f);
+    contrastive_loss_backward(given, shift_limits(limits), of_row, of_col, from_row, from_col, {nullptr, 0}, to, threads,
+                              path);
 }
 
-constexpr const char* kWhole = R"(contrastive_loss of a small batch, float32 on the CPU: the loss, and its gradients.
+// The arguments that both calls of the whole loss have.
+struct WholeArguments {
+    WholeContrast given{};
+    WholeState state{};
 
-content, ids_embedding: [B, V], negatives: [K, V] or None. item_ids: int64 [B] of masked duplicates, or None. log_q, weight:
-[B] or None. Writes the gradients dcontent, dids, dnegatives, dscale (float64 []), dlog_q and dweight, None where not
-wanted. mean: sum(w l) / sum(w), else sum(w l).)";
-
-double whole(const py::object& content, const py::object& ids_embedding, const py::object& negatives, double scale,
-             const py::object& item_ids, const py::object& log_q, const py::object& weight,
-             const std::array<float, 4>& limits, bool rows, bool cols, bool mean, bool normalize,
-             const py::object& dcontent, const py::object& dids, const py::object& dnegatives, const py::object& dscale,
-             const py::object& dlog_q, const py::object& dweight, int threads, const std::string& isa) {
-    const Isa path = resolve_isa(isa);
-    const Tensor x = tensor(content, "content");
-    const auto* const first_x = x.block<const float>({-1, -1});
-    const std::int64_t b = x.shape()[0], v = x.shape()[1];
-    const auto* const first_y = tensor(ids_embedding, "ids_embedding").block<const float>({b, v});
-    std::int64_t k = 0;
-    const float* extra = nullptr;
-    if (!negatives.is_none()) {
-        const Tensor further = tensor(negatives, "negatives");
-        extra = further.block<const float>({-1, v});
-        k = further.shape()[0];
+    WholeArguments(const py::object& content, const py::object& ids_embedding, const py::object& negatives, double scale,
+                   double bias, const py::object& item_ids, const py::object& log_q, const py::object& weight,
+                   const std::string& kind, const std::string& duplicates, const std::string& direction,
+                   const std::string& reduction, double smoothing, bool normalize, const py::object& row,
+                   const py::object& col, const py::object& losses, const py::object& kept) {
+        const Tensor x = tensor(content, "content");
+        given.content = x.block<const float>({-1, -1});
+        const std::int64_t b = given.B = x.shape()[0], v = given.V = x.shape()[1];
+        given.ids = tensor(ids_embedding, "ids_embedding").block<const float>({b, v});
+        if (!negatives.is_none()) {
+            const Tensor further = tensor(negatives, "negatives");
+            given.negatives = further.block<const float>({-1, v});
+            given.K = further.shape()[0];
+        }
+        given.scale = scale;
+        given.bias = bias;
+        given.smoothing = smoothing;
+        given.normalize = normalize;
+        given.sigmoid = contrast_kind(kind) != ContrastKind::infonce;
+        constexpr std::array<std::pair<const char*, Duplicates>, 3> of_duplicates{
+            {{"mask", Duplicates::mask}, {"positive", Duplicates::positive}, {"keep", Duplicates::keep}}};
+        given.duplicates = word(duplicates, "duplicates", of_duplicates);
+        constexpr std::array<std::pair<const char*, Reduction>, 3> of_reduction{
+            {{"mean", Reduction::mean}, {"sum", Reduction::sum}, {"none", Reduction::none}}};
+        given.reduction = word(reduction, "reduction", of_reduction);
+        constexpr std::array<std::pair<const char*, int>, 3> of_direction{{{"both", 3}, {"content_to_id", 1}, {"id_to_content", 2}}};
+        const int ways = word(direction, "direction", of_direction);
+        given.rows = (ways & 1) != 0;
+        given.cols = (ways & 2) != 0;
+        given.item_ids = block_or_null<const std::int64_t>(item_ids, "item_ids", {b});
+        given.log_q = block_or_null<const float>(log_q, "log_q", {b});
+        given.weight = block_or_null<const float>(weight, "weight", {b});
+        state.row = given.rows ? tensor(row, "row").block<float>({b}) : nullptr;
+        state.col = given.cols ? tensor(col, "col").block<float>({b}) : nullptr;
+        state.losses = tensor(losses, "losses").block<double>({b});
+        const std::int64_t stride = (b + given.K + kKeptUnit - 1) / kKeptUnit * kKeptUnit;
+        state.kept = {block_or_null<float>(kept, "kept", {b, stride}), stride};
     }
-    const WholeContrast given{
-        b, k, v, first_x, first_y, extra, scale, block_or_null<const std::int64_t>(item_ids, "item_ids", {b}),
-        block_or_null<const float>(log_q, "log_q", {b}), block_or_null<const float>(weight, "weight", {b}), rows, cols, mean,
-        normalize};
-    const WholeGradients to{
-        block_or_null<float>(dcontent, "dcontent", {b, v}), block_or_null<float>(dids, "dids", {b, v}),
-        block_or_null<float>(dnegatives, "dnegatives", {k, v}), block_or_null<double>(dscale, "dscale", {}),
-        block_or_null<float>(dlog_q, "dlog_q", {b}), block_or_null<float>(dweight, "dweight", {b})};
+};
+
+constexpr const char* kWholeForward = R"(contrastive_loss on float32 CPU tensors.
+
+content, ids_embedding: [B, V], negatives: [K, V] or None. item_ids: int64 [B] or None. log_q, weight: [B] or None. The
+options are those of em3.ops.contrastive_loss. Writes row and col [B], unless their direction is not asked for, losses
+(float64 [B]) without the weights and, unless None, kept [B, M rounded up to KEPT_UNIT], the logits for the backward.
+Returns the loss, 0 for reduction "none".)";
+
+double whole_forward(const py::object& content, const py::object& ids_embedding, const py::object& negatives, double scale,
+                     double bias, const py::object& item_ids, const py::object& log_q, const py::object& weight,
+                     const std::string& kind, const std::string& duplicates, const std::string& direction,
+                     const std::string& reduction, double smoothing, bool normalize, const py::object& row,
+                     const py::object& col, const py::object& losses, const py::object& kept,
+                     const std::array<float, 4>& limits, int threads, const std::string& isa) {
+    const Isa path = resolve_isa(isa);
+    const WholeArguments all(content, ids_embedding, negatives, scale, bias, item_ids, log_q, weight, kind, duplicates,
+                             direction, reduction, smoothing, normalize, row, col, losses, kept);
     py::gil_scoped_release release;
-    return contrastive_loss_whole(given, shift_limits(limits), to, threads, path);
+    return contrastive_loss_whole_forward(all.given, shift_limits(limits), all.state, threads, path);
+}
+
+constexpr const char* kWholeBackward = R"(Its gradients, times upstream (float64 [], or [B] for reduction "none").
+
+What the forward read and wrote. Writes dcontent, dids, dnegatives, dscale and dbias (float64 []), dlog_q and dweight, each
+like what it is the gradient to, None where not wanted.)";
+
+void whole_backward(const py::object& upstream, const py::object& content, const py::object& ids_embedding,
+                    const py::object& negatives, double scale, double bias, const py::object& item_ids,
+                    const py::object& log_q, const py::object& weight, const std::string& kind,
+                    const std::string& duplicates, const std::string& direction, const std::string& reduction,
+                    double smoothing, bool normalize, const py::object& row, const py::object& col,
+                    const py::object& losses, const py::object& kept, const std::array<float, 4>& limits,
+                    const py::object& dcontent, const py::object& dids, const py::object& dnegatives,
+                    const py::object& dscale, const py::object& dbias, const py::object& dlog_q, const py::object& dweight,
+                    int threads, const std::string& isa) {
+    const Isa path = resolve_isa(isa);
+    const WholeArguments all(content, ids_embedding, negatives, scale, bias, item_ids, log_q, weight, kind, duplicates,
+                             direction, reduction, smoothing, normalize, row, col, losses, kept);
+    const WholeContrast& given = all.given;
+    const Sizes a_row{given.B};
+    const auto* const above =
+        tensor(upstream, "upstream").block<const double>(given.reduction == Reduction::none ? a_row : Sizes{});
+    const WholeGradients to{
+        block_or_null<float>(dcontent, "dcontent", {given.B, given.V}), block_or_null<float>(dids, "dids", {given.B, given.V}),
+        block_or_null<float>(dnegatives, "dnegatives", {given.K, given.V}), block_or_null<double>(dscale, "dscale", {}),
+        block_or_null<double>(dbias, "dbias", {}), block_or_null<float>(dlog_q, "dlog_q", a_row),
+        block_or_null<float>(dweight, "dweight", a_row)};
+    py::gil_scoped_release release;
+    contrastive_loss_whole_backward(given, shift_limits(limits), all.state, above, to, threads, path);
 }
 
 }  // namespace
 
 void bind_contrastive_loss(py::module_& m) {
-    m.def("contrastive_loss_forward", &forward, py::arg("x"), py::arg("y"), py::arg("scale"), py::arg("item_ids"),
-          py::arg("offset"), py::arg("limits"), py::arg("row"), py::arg("col"), py::arg("threads"), py::arg("isa") = "",
-          py::arg("apart") = py::none(), kForward);
+    m.attr("KEPT_UNIT") = kKeptUnit;
+    m.def("contrastive_loss_forward", &forward, py::arg("x"), py::arg("y"), py::arg("scale"), py::arg("bias"),
+          py::arg("item_ids"), py::arg("offset"), py::arg("kind"), py::arg("limits"), py::arg("row"), py::arg("col"),
+          py::arg("threads"), py::arg("isa") = "", py::arg("apart") = py::none(), kForward);
     m.def("contrastive_loss_backward", &backward, py::arg("drow"), py::arg("dcol"), py::arg("x"), py::arg("y"),
-          py::arg("scale"), py::arg("item_ids"), py::arg("offset"), py::arg("limits"), py::arg("row"), py::arg("col"),
-          py::arg("dx"), py::arg("dy"), py::arg("dscale"), py::arg("doffset"), py::arg("threads"), py::arg("isa") = "",
-          py::arg("apart") = py::none(), kBackward);
-    m.def("contrastive_loss_whole", &whole, py::arg("content"), py::arg("ids_embedding"), py::arg("negatives"),
-          py::arg("scale"), py::arg("item_ids"), py::arg("log_q"), py::arg("weight"), py::arg("limits"), py::arg("rows"),
-          py::arg("cols"), py::arg("mean"), py::arg("normalize"), py::arg("dcontent"), py::arg("dids"),
-          py::arg("dnegatives"), py::arg("dscale"), py::arg("dlog_q"), py::arg("dweight"), py::arg("threads"),
-          py::arg("isa") = "", kWhole);
+          py::arg("scale"), py::arg("bias"), py::arg("item_ids"), py::arg("offset"), py::arg("kind"), py::arg("limits"),
+          py::arg("row"), py::arg("col"), py::arg("dx"), py::arg("dy"), py::arg("dscale"), py::arg("dbias"),
+          py::arg("doffset"), py::arg("threads"), py::arg("isa") = "", py::arg("apart") = py::none(), kBackward);
+    m.def("contrastive_loss_whole_forward", &whole_forward, py::arg("content"), py::arg("ids_embedding"),
+          py::arg("negatives"), py::arg("scale"), py::arg("bias"), py::arg("item_ids"), py::arg("log_q"),
+          py::arg("weight"), py::arg("kind"), py::arg("duplicates"), py::arg("direction"), py::arg("reduction"),
+          py::arg("smoothing"), py::arg("normalize"), py::arg("row"), py::arg("col"), py::arg("losses"),
+          py::arg("kept"), py::arg("limits"), py::arg("threads"), py::arg("isa") = "", kWholeForward);
+    m.def("contrastive_loss_whole_backward", &whole_backward, py::arg("upstream"), py::arg("content"),
+          py::arg("ids_embedding"), py::arg("negatives"), py::arg("scale"), py::arg("bias"), py::arg("item_ids"),
+          py::arg("log_q"), py::arg("weight"), py::arg("kind"), py::arg("duplicates"), py::arg("direction"),
+          py::arg("reduction"), py::arg("smoothing"), py::arg("normalize"), py::arg("row"), py::arg("col"),
+          py::arg("losses"), py::arg("kept"), py::arg("limits"), py::arg("dcontent"), py::arg("dids"),
+          py::arg("dnegatives"), py::arg("dscale"), py::arg("dbias"), py::arg("dlog_q"), py::arg("dweight"),
+          py::arg("threads"), py::arg("isa") = "", kWholeBackward);
 }
 
 }  // namespace em3

@@ -29,26 +29,36 @@ struct Range {
 };
 
 // The caller's rows in the order of the sheet: its first `ordered` places hold the rows that `order` names.
-struct Source {
-  const float* rows;
-  std::int64_t stride, V;
-  std::int64_t places;  // of its panels, rows of zeros behind the last one included
+struct Source : Embeddings {
+  std::int64_t total, V;
+  std::int64_t places;  // with those behind the last row that fill its panel
   const std::int64_t* order;
   std::int64_t ordered;
 
   std::int64_t place(std::int64_t i) const { return i < ordered ? order[i] : i; }
-  const float* row(std::int64_t i) const { return rows + place(i) * stride; }
+  const float* at(std::int64_t p) const { return p < count ? rows + p * stride : more + (p - count) * V; }
+  const float* row(std::int64_t i) const { return at(place(i)); }
+  float factor_of(std::int64_t i) const { return factor == nullptr ? 1.0f : factor[place(i)]; }
+};
+
+// The gradients to the caller's rows, in the same two pieces; rows = null: not wanted.
+struct Gradient {
+  float *rows, *more;
+  std::int64_t count, V;
+
+  float* row(std::int64_t p) const { return p < count ? rows + p * V : more + (p - count) * V; }
 };
 
 // The matrix of logits that is never formed, rows and columns in the order of their items: equal ids side by side, so
-// that what a row must not meet is one run of columns. Logits, offsets and shift are to base 2, which costs nothing
-// here (it is in the rows of x) and saves a third of each exponential.
+// that what a row must not meet is one run of columns. Logits, bias, offsets and shift are to base 2, which costs nothing
+// here (it is in the packed rows of x) and saves a third of each exponential.
 struct Sheet {
   std::int64_t B, M, V, padded_M;  // columns come in whole panels; those behind M have weight 0, offset -inf
+  bool own, sigmoid, positive, offsets;
   const Range* item;               // [B], the columns of row i's item
-  const float* x;                  // times the scale and log2(e), panels [V / kPanel][B][kPanel]
-  const float* y;                  // panels [V / kPanel][padded_M][kPanel]
-  const float* y_transposed;       // panels [padded_M / kPanel][V][kPanel]
+  Source x, y;
+  float scale;                     // times log2(e): packed rows of x have it
+  float bias;
   const float *across, *across_weight;  // [padded_M], of columns; weight = exp(offset - the largest one of both)
   const float *down, *down_weight;      // [B], of rows
   bool one_shift;
@@ -59,6 +69,8 @@ struct ForwardJob {
   Sheet sheet;
   float *row_sum, *row_max;  // [B]
   float *col_sum, *col_max;  // [padded_M]
+  float* kept;
+  std::int64_t kept_stride;
 };
 
 // With one shift, row and col are the gradient times exp(shift + largest offset - logsumexp), and drow, dcol unused.
@@ -66,30 +78,41 @@ struct BackwardJob {
   Sheet sheet;
   const float *row, *drow;  // [B]
   const float *col, *dcol;  // [padded_M]
-  float *dx, *dy;           // panels like x and y
+  Gradient dx, dy;
   float* offset_down;       // [B], what a candidate's offset gets as a row, and [padded_M] as a column
   float* offset_across;
+  float* bias;              // [B], the sums of the rows of the gradient to the logits
+  float* kept;
+  std::int64_t kept_stride;
+};
+
+// What a thread works in: a tile, of at most so many rows and columns, and in panels the rows that it meets.
+struct Workspace {
+  std::int64_t rows, cols;
+  float *tile, *x, *y, *y_transposed, *dx, *dy;
 };
 
 // NaN if one is.
 inline float larger(float a, float b) { return b <= a || a != a ? a : b; }
 
 struct KernelTable {
-  std::int64_t panel, tile;
-  float (*pack)(const Source&, float scale, std::int64_t begin, std::int64_t end, float* out);
-  void (*pack_transposed)(const Source&, std::int64_t begin, std::int64_t end, float* out);
-  void (*unpack)(const float* panels, const Source& like, float scale, std::int64_t begin, std::int64_t end, float* out,
-                 double* dot);
-  void (*forward_block)(const ForwardJob&, const Range& rows, const Range& cols, float* tile);
-  void (*backward_block)(const BackwardJob&, const Range& rows, const Range& cols, float* tile);
+  std::int64_t panel, tile_rows, tile_cols, tile_stride;
+  double (*dot)(const float* a, const float* b, std::int64_t n);
+  float (*longest)(const Source&, const Range& rows);
+  double (*finish)(const Source&, float scale, const Range& rows, const Gradient& to);
+  void (*forward_block)(const ForwardJob&, const Range& rows, const Range& cols, const Workspace&);
+  void (*backward_block)(const BackwardJob&, const Range& rows, const Range& cols, const Workspace&);
 };
 
 // Every standard header must be included above this line.
 #define EM3_KERNEL "contrastive_loss_kernel.inl"
 #include "every_isa.inl"
 
-constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+constexpr double kLog2E = 1.4426950408889634;
+constexpr float kLn2 = 0.693147181f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 // Zeros on whole cache lines.
 class Floats {
@@ -130,6 +153,9 @@ class Division {
   Range rows(int part) const { return {rows_ * part / parts_, rows_ * (part + 1) / parts_}; }
   Range cols(int part) const { return {panels_ * part / parts_ * panel_, panels_ * (part + 1) / parts_ * panel_}; }
 
+  int64_t longest_rows() const { return (rows_ + parts_ - 1) / parts_; }
+  int64_t longest_cols() const { return (panels_ + parts_ - 1) / parts_ * panel_; }
+
   // fn(part), once for every part.
   template <class Fn>
   void each_part(const Fn& fn) const {
@@ -154,29 +180,53 @@ struct Arrangement {
   Division division;
   std::vector<int64_t> row_order, col_order;
   std::vector<Range> item;
-  Floats x_panels, y_panels, y_transposed, across, across_weight, down, down_weight;
-  Source x, y;
-  Sheet sheet;
+  Floats across, across_weight, down, down_weight;
+  Sheet sheet{};
   float largest_offset = 0.0f;
   float shift = 0.0f;  // of exponentials and weights together, to base e
 
-  Arrangement(const Contrast& given, const ShiftLimits& limits, bool y_itself, int products, int threads, Isa isa)
+  Arrangement(const Contrast& given, const ShiftLimits& limits, int products, int threads, Isa isa)
       : table(kernels(isa)), division(given, table.panel, products, threads) {
-    const int64_t width = (given.V + table.panel - 1) / table.panel * table.panel;
     sort(given);
-    x = {given.x, given.x_stride, given.V, given.B, row_order.data(), static_cast<int64_t>(row_order.size())};
-    y = {given.y, given.y_stride, given.V, division.padded(), col_order.data(), static_cast<int64_t>(col_order.size())};
-    x_panels = Floats(given.B * width);
-    if (y_itself) y_panels = Floats(division.padded() * width);
-    y_transposed = Floats(division.padded() * given.V);
-    sheet = {given.B, given.M, given.V, division.padded(), item.data(), x_panels.get(), y_panels.get(),
-             y_transposed.get(), nullptr, nullptr, nullptr, nullptr, false, 0.0f};
+    sheet.B = given.B;
+    sheet.M = given.M;
+    sheet.V = given.V;
+    sheet.padded_M = division.padded();
+    sheet.own = given.own;
+    sheet.sigmoid = given.kind != ContrastKind::infonce;
+    sheet.positive = given.kind == ContrastKind::sigmoid_positive;
+    sheet.offsets = given.across != nullptr || given.down != nullptr;
+    sheet.item = item.data();
+    sheet.x = {given.x, given.B, given.V, given.B, row_order.data(), static_cast<int64_t>(row_order.size())};
+    sheet.y = {given.y, given.M, given.V, sheet.padded_M, col_order.data(), static_cast<int64_t>(col_order.size())};
+    sheet.scale = static_cast<float>(given.scale * kLog2E);
+    sheet.bias = static_cast<float>(given.bias * kLog2E);
     const float spread = arrange_offsets(given);
-    const float bound = kLn2 * pack(given.scale * kLog2E, y_itself);
+    if (sheet.sigmoid) return;
+    const float bound = std::fabs(static_cast<float>(given.scale)) * longest_product();
     sheet.one_shift = bound <= limits.largest_logit && spread <= limits.largest_spread;
     shift = std::max(0.0f, bound - limits.top);
-    sheet.shift = shift * kLog2E;
+    sheet.shift = shift * static_cast<float>(kLog2E);
     shift += largest_offset;
+  }
+
+  // Scratch of the calling thread: what both passes need and, in the backward, panels for the gradients.
+  Workspace workspace(bool backward) const {
+    const int64_t width = round_up(sheet.V, table.panel), rows = std::max<int64_t>(1, std::min(table.tile_rows, division.longest_rows()));
+    // Wide rows take more of the cache than the sums over them.
+    const int64_t most = sheet.V > 256 ? table.tile_cols / 2 : table.tile_cols;
+    const int64_t cols = std::max(table.panel, std::min(most, division.longest_cols()));
+    const int64_t sizes[] = {table.tile_rows * table.tile_stride, rows * width, cols * sheet.V,
+                             backward ? cols * width : 0, backward ? rows * width : 0, backward ? cols * width : 0};
+    int64_t total = 0;
+    for (const int64_t size : sizes) total += round_up(size, 16);
+    float* at = thread_scratch(static_cast<std::size_t>(total));
+    float* parts[6];
+    for (int i = 0; i < 6; ++i) {
+      parts[i] = at;
+      at += round_up(sizes[i], 16);
+    }
+    return {rows, cols, parts[0], parts[1], parts[3], parts[2], parts[4], parts[5]};
   }
 
   // The first n numbers of a side from the caller's order, null = `missing`, which also fills the places behind n.
@@ -240,11 +290,11 @@ struct Arrangement {
         float& value = offset.get()[i];
         if (natural == nullptr) value = 0.0f;
         weight.get()[i] = natural == nullptr ? 1.0f : std::exp(value - largest_offset);
-        value *= kLog2E;
+        value *= static_cast<float>(kLog2E);
       }
     };
-    arrange(y, given.across, given.M, across, across_weight);
-    arrange(x, given.down, given.B, down, down_weight);
+    arrange(sheet.y, given.across, given.M, across, across_weight);
+    arrange(sheet.x, given.down, given.B, down, down_weight);
     sheet.across = across.get();
     sheet.across_weight = across_weight.get();
     sheet.down = down.get();
@@ -252,16 +302,13 @@ struct Arrangement {
     return low <= high ? high - low : 0.0f;
   }
 
-  // No logit is larger than this; NaN if one may be NaN.
-  float pack(float scale, bool y_itself) {
+  // No product of a row and a column is larger than this; NaN if one may be NaN.
+  float longest_product() {
     std::vector<float> longest_x(static_cast<std::size_t>(division.parts())), longest_y(longest_x);
     division.each_part([&](int part) {
-      const Range rows = division.rows(part), cols = division.cols(part);
-      const int64_t end = std::min(cols.end, sheet.M);
-      longest_x[static_cast<std::size_t>(part)] = table.pack(x, scale, rows.begin, rows.end, x_panels.get());
-      longest_y[static_cast<std::size_t>(part)] =
-          table.pack(y, 1.0f, cols.begin, end, y_itself ? y_panels.get() : nullptr);
-      table.pack_transposed(y, cols.begin, end, y_transposed.get());
+      const Range cols = division.cols(part);
+      longest_x[static_cast<std::size_t>(part)] = table.longest(sheet.x, division.rows(part));
+      longest_y[static_cast<std::size_t>(part)] = table.longest(sheet.y, {cols.begin, std::min(cols.end, sheet.M)});
     });
     const auto longest = [](const std::vector<float>& of_parts) {
       return std::sqrt(std::accumulate(of_parts.begin(), of_parts.end(), 0.0f, larger));
@@ -271,103 +318,163 @@ struct Arrangement {
 };
 
 void check(const Contrast& given) {
-  if (given.B < 0 || given.N < 0 || given.M < given.N || given.V < 1 || (given.own && given.N != given.B)) {
+  if (given.B < 0 || given.N < 0 || given.M < given.N || given.V < 1 || given.y.count > given.M || (given.own && given.N != given.B)) {
     throw std::invalid_argument("contrastive_loss: B and N must be at least 0, M at least N and V at least 1");
   }
 }
 
 // log(sums) + shifts to base 2 (null = the one shift) in the caller's order. False if one is not at least `lowest`.
 bool finish(const Arrangement& a, const Source& side, int64_t n, const Floats& sums, const float* shifts, float lowest,
-            float* out) {
+            bool base2, float* out) {
   bool good = true;
   for (int64_t i = 0; out != nullptr && i < n; ++i) {
-    const float value = std::log(sums.get()[i]) + (shifts == nullptr ? a.shift : kLn2 * shifts[i]);
+    const double log = std::log(static_cast<double>(sums.get()[i]));
+    const double value = log + (shifts == nullptr ? a.shift : shifts[i] / kLog2E);
     good = good && value >= lowest;
-    out[side.place(i)] = value;
+    out[side.place(i)] = static_cast<float>(!base2 ? value : shifts == nullptr ? value * kLog2E : log * kLog2E + shifts[i]);
   }
   return good;
 }
 
-bool at_least(float lowest, const float* of_rows, int64_t n) {
-  return of_rows == nullptr || std::all_of(of_rows, of_rows + n, [&](float value) { return value >= lowest; });
+bool at_least(float lowest, const float* of_rows, int64_t n, bool base2) {
+  const float least = base2 ? static_cast<float>(lowest * kLog2E) : lowest;
+  return of_rows == nullptr || std::all_of(of_rows, of_rows + n, [&](float value) { return value >= least; });
 }
 
 // What softmaxes() takes for a direction: its logsumexp to base 2 or, with one shift, the factor of the exponentials.
 // Where there is no gradient or no candidate, an infinite logsumexp makes every share of it 0.
-Floats factors(const Arrangement& a, const Source& side, int64_t n, const float* of_side, const Floats& gradient) {
+Floats factors(const Arrangement& a, const Source& side, int64_t n, const float* of_side, const Floats& gradient,
+               bool base2) {
   Floats lse = Arrangement::arranged(side, of_side, n, kInfinity);
   for (int64_t i = 0; i < side.places; ++i) {
     float& value = lse.get()[i];
     if (value == -kInfinity) value = kInfinity;
-    value = a.sheet.one_shift ? gradient.get()[i] * std::exp(a.shift - value) : kLog2E * value;
+    const double log2 = base2 ? value : kLog2E * value;
+    value = static_cast<float>(a.sheet.one_shift ? gradient.get()[i] * std::exp(a.shift - log2 / kLog2E) : log2);
   }
   return lse;
 }
 
 void run_forward(const Arrangement& a, const ForwardJob& job) {
   a.division.each_block([&](const Range& rows, const Range& cols) {
-    a.table.forward_block(job, rows, cols, thread_scratch(static_cast<std::size_t>(a.table.tile)));
+    a.table.forward_block(job, rows, cols, a.workspace(false));
   });
+}
+
+// The sums of pairs' losses, in the caller's order.
+void copy_sums(const Source& side, int64_t n, const Floats& sums, float* out) {
+  for (int64_t i = 0; out != nullptr && i < n; ++i) out[side.place(i)] = sums.get()[i];
+}
+
+// The offsets' gradients as candidates of columns and of rows, in the form in which they came.
+void write_offsets(const Contrast& given, const Sheet& sheet, const Floats& down, const Floats& across, float* doffset) {
+  float* const to_across = doffset + (given.own ? 0 : sheet.B);
+  for (int64_t j = 0; j < sheet.M; ++j) to_across[sheet.y.place(j)] = across.get()[j];
+  for (int64_t i = 0; i < sheet.B; ++i) {
+    float& share = doffset[sheet.x.place(i)];
+    share = given.own ? share + down.get()[i] : down.get()[i];
+  }
 }
 
 }  // namespace
 
-void contrastive_loss_forward(const Contrast& given, const ShiftLimits& limits, float* row, float* col, int threads,
-                              Isa isa) {
+void contrastive_loss_forward(const Contrast& given, const ShiftLimits& limits, float* row, float* col, const Kept& kept,
+                              int threads, Isa isa) {
   check(given);
-  const Arrangement a(given, limits, false, 1, threads, isa);
-  if (a.sheet.one_shift) {
-    const Floats row_sum(a.sheet.B), col_sum(a.sheet.padded_M);
-    run_forward(a, {a.sheet, row_sum.get(), nullptr, col_sum.get(), nullptr});
-    const bool rows_fit = finish(a, a.x, given.B, row_sum, nullptr, a.shift + limits.low, row);
-    if (finish(a, a.y, given.N, col_sum, nullptr, a.shift + limits.low, col) && rows_fit) return;
+  const Arrangement a(given, limits, 1, threads, isa);
+  const Sheet& sheet = a.sheet;
+  if (sheet.one_shift || sheet.sigmoid) {
+    const Floats row_sum(sheet.B), col_sum(sheet.padded_M);
+    run_forward(a, {sheet, row_sum.get(), nullptr, col_sum.get(), nullptr, kept.logits, kept.stride});
+    if (sheet.sigmoid) {
+      copy_sums(sheet.x, given.B, row_sum, row);
+      return copy_sums(sheet.y, given.N, col_sum, col);
+    }
+    const bool rows_fit = finish(a, sheet.x, given.B, row_sum, nullptr, a.shift + limits.low, given.base2, row);
+    if (finish(a, sheet.y, given.N, col_sum, nullptr, a.shift + limits.low, given.base2, col) && rows_fit) return;
   }
-  const Floats row_sum(a.sheet.B), row_max(a.sheet.B), col_sum(a.sheet.padded_M), col_max(a.sheet.padded_M);
-  std::fill(row_max.get(), row_max.get() + a.sheet.B, std::numeric_limits<float>::lowest());
-  std::fill(col_max.get(), col_max.get() + a.sheet.padded_M, std::numeric_limits<float>::lowest());
-  ForwardJob job{a.sheet, row_sum.get(), row_max.get(), col_sum.get(), col_max.get()};
+  const Floats row_sum(sheet.B), row_max(sheet.B), col_sum(sheet.padded_M), col_max(sheet.padded_M);
+  std::fill(row_max.get(), row_max.get() + sheet.B, std::numeric_limits<float>::lowest());
+  std::fill(col_max.get(), col_max.get() + sheet.padded_M, std::numeric_limits<float>::lowest());
+  ForwardJob job{sheet, row_sum.get(), row_max.get(), col_sum.get(), col_max.get(), kept.logits, kept.stride};
   job.sheet.one_shift = false;
   run_forward(a, job);
-  finish(a, a.x, given.B, row_sum, row_max.get(), -kInfinity, row);
-  finish(a, a.y, given.N, col_sum, col_max.get(), -kInfinity, col);
+  finish(a, sheet.x, given.B, row_sum, row_max.get(), -kInfinity, given.base2, row);
+  finish(a, sheet.y, given.N, col_sum, col_max.get(), -kInfinity, given.base2, col);
 }
 
 void contrastive_loss_backward(const Contrast& given, const ShiftLimits& limits, const float* row, const float* col,
-                               const float* drow, const float* dcol, const ContrastGradients& to, int threads,
-                               Isa isa) {
+                               const float* drow, const float* dcol, const Kept& kept, const ContrastGradients& to,
+                               int threads, Isa isa) {
   check(given);
-  const bool need_x = to.dx != nullptr || to.dscale != nullptr, need_y = to.dy != nullptr;
-  Arrangement a(given, limits, need_x, 1 + need_x + need_y, threads, isa);
-  const float lowest = a.shift + limits.low;
-  a.sheet.one_shift = a.sheet.one_shift && at_least(lowest, row, given.B) && at_least(lowest, col, given.N);
-  const Sheet& sheet = a.sheet;
-
-  const Floats to_rows = Arrangement::arranged(a.x, row == nullptr ? nullptr : drow, given.B, 0.0f);
-  const Floats to_cols = Arrangement::arranged(a.y, col == nullptr ? nullptr : dcol, given.N, 0.0f);
-  const Floats rows = factors(a, a.x, given.B, row, to_rows), cols = factors(a, a.y, given.N, col, to_cols);
-  const int64_t width = (sheet.V + a.table.panel - 1) / a.table.panel * a.table.panel;
-  const Floats dx(need_x ? sheet.B * width : 0), dy(need_y ? sheet.padded_M * width : 0);
-  const Floats down(sheet.B), across(sheet.padded_M);
-  const BackwardJob job{sheet, rows.get(), to_rows.get(), cols.get(), to_cols.get(), need_x ? dx.get() : nullptr,
-                        need_y ? dy.get() : nullptr, down.get(), to.doffset != nullptr ? across.get() : nullptr};
+  const bool need_x = to.dx != nullptr, need_y = to.dy != nullptr;
+  Arrangement a(given, limits, 1 + need_x + need_y, threads, isa);
+  Sheet& sheet = a.sheet;
+  if (!sheet.sigmoid) {
+    const float lowest = a.shift + limits.low;
+    sheet.one_shift = sheet.one_shift && at_least(lowest, row, given.B, given.base2) &&
+                      at_least(lowest, col, given.N, given.base2);
+    if (row == nullptr) drow = nullptr;
+    if (col == nullptr) dcol = nullptr;
+  }
+  const Floats to_rows = Arrangement::arranged(sheet.x, drow, given.B, 0.0f);
+  const Floats to_cols = Arrangement::arranged(sheet.y, dcol, given.N, 0.0f);
+  Floats rows, cols;
+  if (!sheet.sigmoid) {
+    rows = factors(a, sheet.x, given.B, row, to_rows, given.base2);
+    cols = factors(a, sheet.y, given.N, col, to_cols, given.base2);
+  }
+  const Floats down(sheet.B), across(sheet.padded_M), bias(sheet.sigmoid ? sheet.B : 0);
+  const BackwardJob job{sheet, rows.get(), to_rows.get(), cols.get(), to_cols.get(),
+                        {to.dx, nullptr, given.B, given.V},
+                        {to.dy, to.more, given.y.count, given.V},
+                        down.get(), to.doffset != nullptr ? across.get() : nullptr, bias.get(), kept.logits, kept.stride};
   a.division.each_block([&](const Range& r, const Range& c) {
-    a.table.backward_block(job, r, c, thread_scratch(static_cast<std::size_t>(a.table.tile)));
+    a.table.backward_block(job, r, c, a.workspace(true));
   });
 
-  std::vector<double> dots(to.dscale != nullptr ? static_cast<std::size_t>(sheet.B) : 0);
+  std::vector<double> along(static_cast<std::size_t>(a.division.parts()));
   a.division.each_part([&](int part) {
     const Range r = a.division.rows(part), c = a.division.cols(part);
-    if (need_x) a.table.unpack(dx.get(), a.x, given.scale, r.begin, r.end, to.dx, dots.empty() ? nullptr : dots.data());
-    if (need_y) a.table.unpack(dy.get(), a.y, kLn2, c.begin, std::min(c.end, sheet.M), to.dy, nullptr);
+    if (need_x) along[static_cast<std::size_t>(part)] = a.table.finish(sheet.x, static_cast<float>(given.scale), r, job.dx);
+    if (need_y) a.table.finish(sheet.y, 1.0f, {c.begin, std::min(c.end, sheet.M)}, job.dy);
   });
-  if (to.dscale != nullptr) *to.dscale = std::accumulate(dots.begin(), dots.end(), 0.0);
-  if (to.doffset == nullptr) return;
-  float* const to_across = to.doffset + (given.own ? 0 : sheet.B);
-  for (int64_t j = 0; j < sheet.M; ++j) to_across[a.y.place(j)] = across.get()[j];
-  for (int64_t i = 0; i < sheet.B; ++i) {
-    float& share = to.doffset[a.x.place(i)];
-    share = given.own ? share + down.get()[i] : down.get()[i];
-  }
+  if (to.dscale != nullptr) *to.dscale = std::accumulate(along.begin(), along.end(), 0.0);
+  if (to.dbias != nullptr) *to.dbias = std::accumulate(bias.get(), bias.get() + (sheet.sigmoid ? sheet.B : 0), 0.0);
+  if (to.doffset != nullptr) write_offsets(given, sheet, down, across, to.doffset);
+}
+
+namespace {
+
+// fn(begin, end) for runs of n rows, a few microseconds each at least.
+template <class Fn>
+void each_run_of_rows(int64_t n, int64_t V, int threads, const Fn& fn) {
+  const int parts = static_cast<int>(std::min<int64_t>(threads, 1 + n * V / 100000));
+  parallel_for(threads, parts, [&](int part) { fn(n * part / parts, n * (part + 1) / parts); });
+}
+
+}  // namespace
+
+double rounded_scale(double scale, const float* factor) {
+  const float packed = static_cast<float>(scale * kLog2E);
+  return (factor == nullptr ? packed : packed * *factor) / kLog2E;
+}
+
+void row_products(const float* a, const float* b, int64_t n, int64_t V, double* to, int threads, Isa isa) {
+  const KernelTable& table = kernels(isa);
+  each_run_of_rows(n, V, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) to[i] = table.dot(a + i * V, b + i * V, V);
+  });
+}
+
+void inverse_lengths(const float* rows, int64_t n, int64_t V, float* to, int threads, Isa isa) {
+  const KernelTable& table = kernels(isa);
+  each_run_of_rows(n, V, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const double length = std::sqrt(table.dot(rows + i * V, rows + i * V, V));
+      to[i] = length > 1e-12 ? static_cast<float>(1.0 / length) : 0.0f;
+    }
+  });
 }
 
 }  // namespace em3

@@ -1,12 +1,14 @@
-// What the contrastive loss needs of S = scale x y^T, of which no more than a tile a thread is ever there.
+// What the contrastive losses need of S = scale x y^T, of which no more than a tile a thread has to be there.
 //
 // B rows of x, M = N + K candidates in the rows of y, all of width V. Row i's candidates are the j that are neither i
 // (where the first N are the rows' own batch) nor of i's item (equal ids, for j < N):
-//   row[i] = logsumexp_j (S[i,j] + across[j]), j < M        col[j] = logsumexp_i (S[i,j] + down[i]), i < B, for j < N
-// -inf where no candidate is left. The gradient to S is
+//   infonce  row[i] = logsumexp_j (S[i,j] + across[j]), j < M     col[j] = logsumexp_i (S[i,j] + down[i]), i < B, for j < N
+//   sigmoid  row[i] = sum_j softplus(S[i,j] + bias + across[j])   col[j] = sum_i softplus(S[i,j] + bias + down[i])
+// -inf, and 0, where no candidate is left. With sigmoid_positive the others of i's item are candidates too, whose softplus
+// is of the negated logit. The gradient to S is, with sigma and its sign in place of the exponentials for the sigmoids,
 //   dS[i,j] = drow[i] exp(S[i,j] + across[j] - row[i]) + dcol[j] exp(S[i,j] + down[i] - col[j])
-// and gives dx = scale dS y, dy = scale dS^T x, dscale = sum dS (x y^T), and to the offsets the shares of each
-// candidate.
+// and gives dx = scale dS y, dy = scale dS^T x, dscale = sum dS (x y^T), dbias = sum dS, and to the offsets the shares of
+// each candidate.
 #pragma once
 
 #include <cstdint>
@@ -15,14 +17,24 @@
 
 namespace em3 {
 
+enum class ContrastKind { infonce, sigmoid, sigmoid_positive };
+
+// Rows of embeddings in two pieces, of which the second may be empty.
+struct Embeddings {
+  const float* rows;
+  std::int64_t stride;
+  std::int64_t count;  // of the first piece
+  const float* more;   // the rest, side by side
+  const float* factor;  // what each row is multiplied by before all else, its inverse length; null = 1
+};
+
 struct Contrast {
+  ContrastKind kind;
   std::int64_t B, N, M, V;
-  bool own;        // row i is column i: N = B, and the columns' ids and first offsets are the rows'
-  const float* x;  // [B, V], rows x_stride apart
-  std::int64_t x_stride;
-  const float* y;  // [M, V], rows y_stride apart
-  std::int64_t y_stride;
-  float scale;
+  bool own;         // row i is column i: N = B, and the columns' ids and first offsets are the rows'
+  Embeddings x, y;  // [B, V], [M, V]
+  double scale, bias;
+  bool base2;  // logsumexps go out and come back as logarithms to base 2, as they are made: near 1,000 no digit is lost
   const std::int64_t *row_ids, *col_ids;  // [B], [N]; null = every row and column is an item of its own
   const float *down, *across;             // [B], [M], offsets of rows and columns as candidates; null = 0
 };
@@ -34,21 +46,42 @@ struct ShiftLimits {
   float top, low, largest_logit, largest_spread;
 };
 
-// Everything is float32 unless it says otherwise, outputs are contiguous and may be uninitialised, and null where they
-// are not wanted. Temporaries are a few times the size of x and y, and a tile a thread. `threads` is an upper bound;
-// the same inputs and bound give the same bits. Both throw std::invalid_argument for sizes they cannot serve.
-void contrastive_loss_forward(const Contrast& given, const ShiftLimits& limits, float* row, float* col, int threads,
-                              Isa isa);
-
-struct ContrastGradients {
-  float* dx;       // [B, V]
-  float* dy;       // [M, V]
-  double* dscale;  // one number, a sum that may cancel
-  float* doffset;  // [M] for a batch's own columns, else [B + M]: of rows, then of columns
+// The logits of a matrix that is small enough, kept from the forward for the backward: [B, stride], stride at least M
+// rounded up to kKeptUnit. Null = the backward makes them again.
+constexpr std::int64_t kKeptUnit = 32;
+struct Kept {
+  float* logits;
+  std::int64_t stride;
 };
 
-// row and col as the forward wrote them; one that is null has no gradient, nor has one whose drow or dcol is null.
+// Everything is float32 unless it says otherwise, outputs are contiguous and null where they are not wanted. Beside them
+// there are some numbers a row, and a tile and the rows that it meets a thread. `threads` is an upper bound; the same
+// inputs and bound give the same bits. Both throw std::invalid_argument for sizes they cannot serve.
+void contrastive_loss_forward(const Contrast& given, const ShiftLimits& limits, float* row, float* col, const Kept& kept,
+                              int threads, Isa isa);
+
+// Those to x and y are added to what is there, which is part of the gradient too: of x before the scale, of y behind
+// it. They come out times the scale and, where rows have factors, as the gradients to the rows before these.
+struct ContrastGradients {
+  float* dx;        // [B, V]
+  float* dy;        // [M, V], of which the rows of the first piece
+  float* more;      // and those of the rest
+  double* dscale;   // one number, a sum that may cancel; it takes dx
+  double* dbias;    // one number
+  float* doffset;   // [M] for a batch's own columns, else [B + M]: of rows, then of columns
+};
+
+// row and col as the forward wrote them, which the sigmoids do not need; one that is null has no gradient, nor has one
+// whose drow or dcol is null.
 void contrastive_loss_backward(const Contrast& given, const ShiftLimits& limits, const float* row, const float* col,
-                               const float* drow, const float* dcol, const ContrastGradients& to, int threads, Isa isa);
+                               const float* drow, const float* dcol, const Kept& kept, const ContrastGradients& to,
+                               int threads, Isa isa);
+
+// What a row's products count as logits, as the matrix has it, where rounding to float32 has moved the scale.
+double rounded_scale(double scale, const float* factor);
+
+// The products of n rows of a and b, or the inverse lengths of rows: 0 for one no longer than 1e-12.
+void row_products(const float* a, const float* b, std::int64_t n, std::int64_t V, double* to, int threads, Isa isa);
+void inverse_lengths(const float* rows, std::int64_t n, std::int64_t V, float* to, int threads, Isa isa);
 
 }  // namespace em3

@@ -9,11 +9,14 @@
 // broadcast and B a row, and all operands lie in panels of kPanel columns, so that every stride is known to the
 // compiler:
 //   logits   S[i, j]   = x[i, v]    * y^T[v, j]     A = panel of x, B = panel of the transposed y
-//   to x     dx[i, v] += dS[i, j]   * y[j, v]       A = tile, B = panel of y
+//   to x     dx[i, v]  = dS[i, j]   * y[j, v]       A = tile, B = panel of y
 //   to y     dy[j, v] += dS^T[j, i] * x[i, v]       A = tile, down its columns, B = panel of x
+// Rows are packed for the tile that they meet, anew for each: a pass over 96 rows is a hundredth of three products with
+// 192 columns, and nothing of the size of the embeddings has to lie packed in memory.
 
 constexpr int kPanel = 2 * kVec;  // width of the register tile
-// Columns of the tile, y's panels in two forms and the gradient's share the level-2 cache while rows stream through it.
+// At most. Columns of the tile, y's panels in two forms and the gradient's share the level-2 cache while rows stream
+// through it.
 constexpr int kTileRows = 96, kTileCols = 192;
 constexpr int kLd = kTileCols + 16;  // an odd number of cache lines: down a column, rows fall into different sets
 
@@ -41,7 +44,7 @@ struct Logits {
 };
 struct ToX {
   static constexpr int kRow = kLd, kStep = 1, kOut = kPanel;
-  static constexpr bool kAdd = true;
+  static constexpr bool kAdd = false;
 };
 struct ToY {
   static constexpr int kRow = 1, kStep = kLd, kOut = kPanel;
@@ -99,55 +102,106 @@ static void product(int64_t n, bool wide, const float* a, const Depth& depth, co
   }
 }
 
-// ---- packing -------------------------------------------------------------------------------------------------------
+// ---- rows and panels -----------------------------------------------------------------------------------------------
 
-// Source rows of places begin to end -> panels [V / kPanel][places][kPanel], times scale, zero behind V; null = not
-// wanted. Returns the largest squared length of the packed rows, NaN if one is.
-static float pack(const Source& from, float scale, int64_t begin, int64_t end, float* out) {
-  float longest = 0.0f;
-  for (int64_t i = begin; i < end; ++i) {
-    const float* row = from.row(i);
+// Sixteen sums, which the compiler keeps in vectors.
+static double dot(const float* a, const float* b, int64_t n) {
+  double sums[16] = {0.0};
+  int64_t v = 0;
+  for (; v + 16 <= n; v += 16)
+    for (int k = 0; k < 16; ++k) sums[k] += static_cast<double>(a[v + k]) * b[v + k];
+  for (; v < n; ++v) sums[v % 16] += static_cast<double>(a[v]) * b[v];
+  for (int width = 8; width > 0; width /= 2)
+    for (int k = 0; k < width; ++k) sums[k] += sums[k + width];
+  return sums[0];
+}
+
+// The largest squared length of rows begin to end, NaN if one is.
+static float longest(const Source& from, const Range& rows) {
+  float most = 0.0f;
+  for (int64_t i = rows.begin; i < rows.end; ++i) {
+    const float *row = from.row(i), factor = from.factor_of(i);
     V squares = zero();
     for (int64_t v = 0; v < from.V; v += kVec) {
       const int64_t left = smaller(kVec, from.V - v);
-      const V value = splat(scale) * (left == kVec ? load(row + v) : load_part(row + v, static_cast<int>(left)));
-      if (out != nullptr) store(out + (v / kPanel * from.places + i) * kPanel + v % kPanel, value);
+      const V value = splat(factor) * (left == kVec ? load(row + v) : load_part(row + v, static_cast<int>(left)));
       squares = fma(value, value, squares);
     }
-    longest = larger(longest, sum(squares));
+    most = larger(most, sum(squares));
   }
-  return longest;
+  return most;
 }
 
-// Places begin to end, begin a multiple of kPanel -> [places / kPanel][V][kPanel], zero behind the last row.
-static void pack_transposed(const Source& from, int64_t begin, int64_t end, float* out) {
-  for (int64_t first = begin; first < end; first += kPanel) {
-    float* panel = out + first * from.V;
-    for (int64_t j = 0; j < kPanel; ++j) {
-      const float* row = first + j < end ? from.row(first + j) : nullptr;
-      for (int64_t v = 0; v < from.V; ++v) panel[v * kPanel + j] = row == nullptr ? 0.0f : row[v];
+// Rows of `places`, times scale -> panels [V / kPanel][places][kPanel], zero behind V and behind the last row.
+static void pack(const Source& from, float scale, const Range& places, float* out) {
+  const int64_t height = places.end - places.begin;
+  for (int64_t i = 0; i < height; ++i) {
+    const bool there = places.begin + i < from.total;
+    const float* row = there ? from.row(places.begin + i) : nullptr;
+    const V factor = splat(there ? from.factor_of(places.begin + i) * scale : 0.0f);
+    for (int64_t v = 0; v < from.V; v += kVec) {
+      const int64_t left = smaller(kVec, from.V - v);
+      const V value = !there ? zero() : left == kVec ? load(row + v) : load_part(row + v, static_cast<int>(left));
+      store(out + (v / kPanel * height + i) * kPanel + v % kPanel, factor * value);
     }
   }
 }
 
-// Rows begin to end of panels -> the caller's rows, times scale. With `dot`, dot[i] = the packed row times the
-// source's.
-static void unpack(const float* panels, const Source& like, float scale, int64_t begin, int64_t end, float* out,
-                   double* dot) {
-  for (int64_t i = begin; i < end; ++i) {
-    const float* source = like.row(i);
-    double sums[4] = {0.0, 0.0, 0.0, 0.0};
-    for (int64_t v = 0; v < like.V; v += kPanel) {
-      const float* from = panels + (v / kPanel * like.places + i) * kPanel;
-      const int64_t width = smaller(kPanel, like.V - v);
-      if (dot != nullptr) {
-        for (int64_t k = 0; k < width; ++k) sums[k % 4] += static_cast<double>(from[k]) * source[v + k];
+// Rows of `places`, whole panels of them -> [places / kPanel][V][kPanel], zero behind the last row. Four at a time, so
+// that memory is read in its order and a line of the panel is written in few pieces.
+static void pack_transposed(const Source& from, const Range& places, float* out) {
+  for (int64_t j = places.begin; j < places.end; j += 4) {
+    float* to = out + (j - places.begin) / kPanel * kPanel * from.V + (j - places.begin) % kPanel;
+    const float* rows[4];
+    float factors[4];
+    for (int64_t k = 0; k < 4; ++k) {
+      const bool there = j + k < from.total;
+      rows[k] = there ? from.row(j + k) : nullptr;
+      factors[k] = there ? from.factor_of(j + k) : 0.0f;
+    }
+    if (rows[3] != nullptr) {
+      const float *r0 = rows[0], *r1 = rows[1], *r2 = rows[2], *r3 = rows[3];
+      const float f0 = factors[0], f1 = factors[1], f2 = factors[2], f3 = factors[3];
+      for (int64_t v = 0; v < from.V; ++v, to += kPanel) {
+        to[0] = r0[v] * f0, to[1] = r1[v] * f1, to[2] = r2[v] * f2, to[3] = r3[v] * f3;
       }
-      if (out == nullptr) continue;
-      for (int64_t k = 0; k < width; ++k) out[like.place(i) * like.V + v + k] = scale * from[k];
+    } else {
+      for (int64_t v = 0; v < from.V; ++v, to += kPanel)
+        for (int k = 0; k < 4; ++k) to[k] = rows[k] == nullptr ? 0.0f : rows[k][v] * factors[k];
     }
-    if (dot != nullptr) dot[i] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   }
+}
+
+// Adds panels [V / kPanel][places][kPanel], times scale, to the gradients of these rows.
+static void add_panels(const float* panels, const Source& of, float scale, const Range& places, const Gradient& to) {
+  const int64_t height = places.end - places.begin;
+  for (int64_t i = 0; i < height && places.begin + i < of.total; ++i) {
+    float* row = to.row(of.place(places.begin + i));
+    for (int64_t v = 0; v < of.V; v += kVec) {
+      const V value = splat(scale) * load(panels + (v / kPanel * height + i) * kPanel + v % kPanel);
+      const int64_t left = smaller(kVec, of.V - v);
+      if (left == kVec) {
+        store(row + v, load(row + v) + value);
+      } else {
+        store_part(row + v, load_part(row + v, static_cast<int>(left)) + value, static_cast<int>(left));
+      }
+    }
+  }
+}
+
+// The gradients to rows as they came, from those to rows times their factors, which are inverse lengths; both times
+// scale. Returns the sum of the products of rows and gradients before the scale. `rows` are places of the caller.
+static double finish(const Source& of, float scale, const Range& rows, const Gradient& to) {
+  double total = 0.0;
+  for (int64_t i = rows.begin; i < rows.end; ++i) {
+    const float *row = of.at(i), factor = of.factor == nullptr ? 1.0f : of.factor[i];
+    float* gradient = to.row(i);
+    const double along = dot(row, gradient, of.V) * factor;
+    total += along;
+    const float out = of.factor == nullptr ? 0.0f : static_cast<float>(along) * factor, both = factor * scale;
+    for (int64_t v = 0; v < of.V; ++v) gradient[v] = (gradient[v] - row[v] * out) * both;
+  }
+  return total;
 }
 
 // ---- one tile ------------------------------------------------------------------------------------------------------
@@ -162,25 +216,57 @@ EM3_INLINE void each_run(const Range& range, int64_t unit, int64_t most, const B
   }
 }
 
-// The logits of a tile, -inf where a row meets its own item.
-static void logits(const Sheet& sheet, const Range& rows, const Range& cols, float* tile) {
+// The columns of row i's item that a tile meets, from the tile's first one on; empty if begin >= end.
+EM3_INLINE Range met(const Sheet& sheet, int64_t i, const Range& cols) {
+  const int64_t begin = sheet.item[i].begin > cols.begin ? sheet.item[i].begin : cols.begin;
+  return {begin - cols.begin, smaller(sheet.item[i].end, cols.end) - cols.begin};
+}
+
+// The logits of a tile, -inf where there is no pair.
+static void logits(const Sheet& sheet, const Range& rows, const Range& cols, const Workspace& space) {
+  const int64_t height = rows.end - rows.begin, width = cols.end - cols.begin;
   const int64_t panels = (sheet.V + kPanel - 1) / kPanel;
-  const Depth depth{panels, sheet.B * kPanel, kPanel, sheet.V - (panels - 1) * kPanel};
-  for (int64_t j = cols.begin; j < cols.end; j += kPanel) {
-    product<Logits>(rows.end - rows.begin, true, sheet.x + rows.begin * kPanel, depth, sheet.y_transposed + j * sheet.V,
-                    tile + (j - cols.begin));
+  const Depth depth{panels, height * kPanel, kPanel, sheet.V - (panels - 1) * kPanel};
+  for (int64_t j = 0; j < width; j += kPanel) {
+    product<Logits>(height, true, space.x, depth, space.y_transposed + j * sheet.V, space.tile + j);
   }
-  for (int64_t i = rows.begin; i < rows.end; ++i) {
-    const int64_t begin = sheet.item[i].begin > cols.begin ? sheet.item[i].begin : cols.begin;
-    const int64_t end = smaller(sheet.item[i].end, cols.end);
-    for (int64_t j = begin; j < end; ++j) tile[(i - rows.begin) * kLd + (j - cols.begin)] = -INFINITY;
+  for (int64_t i = 0; i < height; ++i) {
+    float* const row = space.tile + i * kLd;
+    if (sheet.positive) {  // other rows of the item are pairs too, but no row is one with itself
+      const int64_t itself = rows.begin + i - cols.begin;
+      if (sheet.own && itself >= 0 && itself < width) row[itself] = -INFINITY;
+    } else {
+      const Range out = met(sheet, rows.begin + i, cols);
+      for (int64_t j = out.begin; j < out.end; ++j) row[j] = -INFINITY;
+    }
+    for (int64_t j = sheet.M - cols.begin; j < width; ++j) row[j] = -INFINITY;
   }
 }
+
+// A tile's rows to or from the matrix of logits, where a small one is kept.
+EM3_INLINE void copy_tile(float* kept, int64_t kept_stride, const Range& rows, const Range& cols, float* tile, bool out) {
+  for (int64_t i = rows.begin; i < rows.end; ++i, tile += kLd) {
+    float* const at = kept + i * kept_stride;
+    for (int64_t j = cols.begin; j < cols.end; j += kVec) {
+      if (out) {
+        store(at + j, load(tile + (j - cols.begin)));
+      } else {
+        store(tile + (j - cols.begin), load(at + j));
+      }
+    }
+  }
+}
+
+static void add_to(float* to, const float* from, int64_t n) {
+  for (int64_t j = 0; j < n; j += kVec) store(to + j, load(to + j) + load(from + j));
+}
+
+// ---- infonce, forward ----------------------------------------------------------------------------------------------
 
 static void add_exponentials(const ForwardJob& job, const Range& rows, const Range& cols, const float* tile) {
   const V shift = splat(job.sheet.shift);
   const float* weight = job.sheet.across_weight + cols.begin;
-  float* col = job.col_sum + cols.begin;
+  float col[kTileCols] = {0.0f};  // sums of sums lose fewer digits than one long sum
   const int64_t width = cols.end - cols.begin;  // the compiler cannot know that no store below changes it
   for (int64_t i = rows.begin; i < rows.end; ++i, tile += kLd) {
     const V own = splat(job.sheet.down_weight[i]);
@@ -192,6 +278,7 @@ static void add_exponentials(const ForwardJob& job, const Range& rows, const Ran
     }
     job.row_sum[i] += sum(total);
   }
+  add_to(job.col_sum + cols.begin, col, width);
 }
 
 // Running maxima and sums. Maxima start at the lowest finite number, so that rows of -inf alone sum to 0 and not NaN.
@@ -222,14 +309,124 @@ static void add_logsumexps(const ForwardJob& job, const Range& rows, const Range
   }
 }
 
-static void forward_block(const ForwardJob& job, const Range& rows, const Range& cols, float* tile) {
-  each_run(cols, kPanel, kTileCols, [&](const Range& c) {
-    each_run(rows, 1, kTileRows, [&](const Range& r) {
-      logits(job.sheet, r, c, tile);
-      if (job.sheet.one_shift) {
-        add_exponentials(job, r, c, tile);
+// ---- sigmoid -------------------------------------------------------------------------------------------------------
+
+// log(1 + t) for t from 0 to 1, relative error below 2e-7.
+EM3_INLINE V vlog1p(V t) {
+  V y = fma(splat(-3.25637848e-3f), t, splat(1.99071609e-2f));
+  y = fma(y, t, splat(-5.70642008e-2f));
+  y = fma(y, t, splat(1.06142647e-1f));
+  y = fma(y, t, splat(-1.53118631e-1f));
+  y = fma(y, t, splat(1.96781173e-1f));
+  y = fma(y, t, splat(-2.49545589e-1f));
+  y = fma(y, t, splat(3.3330004e-1f));
+  y = fma(y, t, splat(-4.9999904e-1f));
+  return fma(y, t, splat(1.0f)) * t;
+}
+
+// log(1 + 2^z); exactly 0 for -inf.
+EM3_INLINE V softplus2(V z) {
+  const V size = vmax(zero() - z, z);
+  return fma(splat(0.693147181f), vmax(zero(), z), vlog1p(vexp2(zero() - size)));
+}
+
+// 2^z / (1 + 2^z); exactly 0 for -inf.
+EM3_INLINE V sigmoid2(V z) {
+  const V size = vmax(zero() - z, z);
+  const V t = vexp2(zero() - size);
+  return where_greater(z, zero(), splat(1.0f), t) / (splat(1.0f) + t);
+}
+
+// -1 for the columns of the other rows of row i's item where these are positive, else 1.
+struct Signs {
+  float of[kTileCols];
+  Range last{0, 0};
+
+  Signs() {
+    for (float& sign : of) sign = 1.0f;
+  }
+  void turn(const Sheet& sheet, int64_t i, const Range& cols) {
+    if (!sheet.positive) return;
+    for (int64_t j = last.begin; j < last.end; ++j) of[j] = 1.0f;
+    last = met(sheet, i, cols);
+    for (int64_t j = last.begin; j < last.end; ++j) of[j] = sheet.own && cols.begin + j == i ? 1.0f : -1.0f;
+  }
+};
+
+template <bool Offset>
+static void add_softplus(const ForwardJob& job, const Range& rows, const Range& cols, const float* tile) {
+  const Sheet& sheet = job.sheet;
+  const float* const across = sheet.across + cols.begin;
+  const int64_t width = cols.end - cols.begin;
+  const V bias = splat(sheet.bias);
+  float col[kTileCols] = {0.0f};
+  Signs signs;
+  for (int64_t i = rows.begin; i < rows.end; ++i, tile += kLd) {
+    signs.turn(sheet, i, cols);
+    const V down = splat(sheet.down[i]);
+    V total = zero();
+    for (int64_t j = 0; j < width; j += kVec) {
+      const V logit = load(tile + j) + bias, sign = load(signs.of + j);
+      const V by_row = softplus2(sign * (Offset ? logit + load(across + j) : logit));
+      total = total + by_row;
+      store(col + j, load(col + j) + (Offset ? softplus2(sign * (logit + down)) : by_row));
+    }
+    job.row_sum[i] += sum(total);
+  }
+  add_to(job.col_sum + cols.begin, col, width);
+}
+
+// The logits of a tile become the gradient to them.
+template <bool Offset>
+static void slopes(const BackwardJob& job, const Range& rows, const Range& cols, float* tile) {
+  const Sheet& sheet = job.sheet;
+  const float *const across = sheet.across + cols.begin, *const dcol = job.dcol + cols.begin;
+  const int64_t width = cols.end - cols.begin;
+  const V bias = splat(sheet.bias);
+  Signs signs;
+  for (int64_t i = rows.begin; i < rows.end; ++i, tile += kLd) {
+    signs.turn(sheet, i, cols);
+    const V down = splat(sheet.down[i]), drow = splat(job.drow[i]);
+    V shares = zero(), all = zero();
+    for (int64_t j = 0; j < width; j += kVec) {
+      const V logit = load(tile + j) + bias, sign = load(signs.of + j);
+      V both;
+      if (Offset) {
+        const V by_row = drow * sign * sigmoid2(sign * (logit + load(across + j)));
+        const V by_col = load(dcol + j) * sign * sigmoid2(sign * (logit + down));
+        both = by_row + by_col;
+        if (job.offset_across != nullptr) {
+          float* const to = job.offset_across + cols.begin + j;
+          store(to, load(to) + by_row);
+          shares = shares + by_col;
+        }
       } else {
-        add_logsumexps(job, r, c, tile);
+        both = (drow + load(dcol + j)) * sign * sigmoid2(sign * logit);
+      }
+      store(tile + j, both);
+      all = all + both;
+    }
+    if (Offset) job.offset_down[i] += sum(shares);
+    job.bias[i] += sum(all);
+  }
+}
+
+// ---- blocks --------------------------------------------------------------------------------------------------------
+
+static void forward_block(const ForwardJob& job, const Range& rows, const Range& cols, const Workspace& space) {
+  const Sheet& sheet = job.sheet;
+  each_run(cols, kPanel, space.cols, [&](const Range& c) {
+    pack_transposed(sheet.y, c, space.y_transposed);
+    each_run(rows, 1, space.rows, [&](const Range& r) {
+      pack(sheet.x, sheet.scale, r, space.x);
+      logits(sheet, r, c, space);
+      if (job.kept != nullptr) copy_tile(job.kept, job.kept_stride, r, c, space.tile, true);
+      if (sheet.sigmoid) {
+        (sheet.offsets ? add_softplus<true> : add_softplus<false>)(job, r, c, space.tile);
+      } else if (sheet.one_shift) {
+        add_exponentials(job, r, c, space.tile);
+      } else {
+        add_logsumexps(job, r, c, space.tile);
       }
     });
   });
@@ -273,28 +470,51 @@ static void softmaxes(const BackwardJob& job, const Range& rows, const Range& co
   }
 }
 
-static void backward_tile(const BackwardJob& job, const Range& rows, const Range& cols, float* tile) {
-  const Sheet& sheet = job.sheet;
-  logits(sheet, rows, cols, tile);
+static void gradient_to_logits(const BackwardJob& job, const Range& rows, const Range& cols, float* tile) {
   const bool offset = job.offset_across != nullptr;
-  (sheet.one_shift ? offset ? softmaxes<true, true> : softmaxes<true, false>
-                   : offset ? softmaxes<false, true> : softmaxes<false, false>)(job, rows, cols, tile);
-  const int64_t height = rows.end - rows.begin, width = cols.end - cols.begin;
-  for (int64_t v = 0; v < sheet.V; v += kPanel) {
-    const bool wide = sheet.V - v > kVec;
-    // Of a panel of x or y [places][kPanel], the first row that this tile meets.
-    const int64_t of_x = (v / kPanel * sheet.B + rows.begin) * kPanel;
-    const int64_t of_y = (v / kPanel * sheet.padded_M + cols.begin) * kPanel;
-    if (job.dx != nullptr) product<ToX>(height, wide, tile, {1, 0, width, width}, sheet.y + of_y, job.dx + of_x);
-    if (job.dy != nullptr) product<ToY>(width, wide, tile, {1, 0, height, height}, sheet.x + of_x, job.dy + of_y);
+  if (job.sheet.sigmoid) {
+    (job.sheet.offsets ? slopes<true> : slopes<false>)(job, rows, cols, tile);
+  } else if (job.sheet.one_shift) {
+    (offset ? softmaxes<true, true> : softmaxes<true, false>)(job, rows, cols, tile);
+  } else {
+    (offset ? softmaxes<false, true> : softmaxes<false, false>)(job, rows, cols, tile);
   }
 }
 
-static void backward_block(const BackwardJob& job, const Range& rows, const Range& cols, float* tile) {
-  each_run(cols, kPanel, kTileCols, [&](const Range& c) {
-    each_run(rows, 1, kTileRows, [&](const Range& r) { backward_tile(job, r, c, tile); });
+static void backward_tile(const BackwardJob& job, const Range& rows, const Range& cols, const Workspace& space) {
+  const Sheet& sheet = job.sheet;
+  if (job.kept == nullptr || job.dy.rows != nullptr) pack(sheet.x, sheet.scale, rows, space.x);
+  if (job.kept == nullptr) {
+    logits(sheet, rows, cols, space);
+  } else {
+    copy_tile(job.kept, job.kept_stride, rows, cols, space.tile, false);
+  }
+  gradient_to_logits(job, rows, cols, space.tile);
+  const int64_t height = rows.end - rows.begin, width = cols.end - cols.begin;
+  for (int64_t v = 0; v < sheet.V; v += kPanel) {
+    const bool wide = sheet.V - v > kVec;
+    const int64_t of_x = v * height, of_y = v * width;  // panels of kPanel columns
+    if (job.dx.rows != nullptr) {
+      product<ToX>(height, wide, space.tile, {1, 0, width, width}, space.y + of_y, space.dx + of_x);
+    }
+    if (job.dy.rows != nullptr) {
+      product<ToY>(width, wide, space.tile, {1, 0, height, height}, space.x + of_x, space.dy + of_y);
+    }
+  }
+  if (job.dx.rows != nullptr) add_panels(space.dx, sheet.x, 1.0f, rows, job.dx);
+}
+
+static void backward_block(const BackwardJob& job, const Range& rows, const Range& cols, const Workspace& space) {
+  const Sheet& sheet = job.sheet;
+  each_run(cols, kPanel, space.cols, [&](const Range& c) {
+    if (job.kept == nullptr) pack_transposed(sheet.y, c, space.y_transposed);
+    if (job.dx.rows != nullptr) pack(sheet.y, 1.0f, c, space.y);
+    const int64_t floats = (sheet.V + kPanel - 1) / kPanel * kPanel * (c.end - c.begin);
+    for (int64_t k = 0; k < floats && job.dy.rows != nullptr; k += kVec) store(space.dy + k, zero());
+    each_run(rows, 1, space.rows, [&](const Range& r) { backward_tile(job, r, c, space); });
+    // The packed x holds log2(e), as logits to base 2 must.
+    if (job.dy.rows != nullptr) add_panels(space.dy, sheet.y, 0.693147181f, c, job.dy);
   });
 }
 
-static const KernelTable kTable = {kPanel, kTileRows * kLd, pack,          pack_transposed,
-                                    unpack, forward_block,    backward_block};
+static const KernelTable kTable = {kPanel, kTileRows, kTileCols, kLd, dot, longest, finish, forward_block, backward_block};

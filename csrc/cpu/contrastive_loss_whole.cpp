@@ -1,12 +1,14 @@
-// What lies around the matrix of logits: normalisation, the positives, the rows' losses and their reduction, in double
+// What lies around the matrix of logits: lengths, the positives, the rows' losses and their reduction, in double
 // precision where it is one number a row. The matrix itself is that of contrastive_loss.cpp.
 #include "contrastive_loss_whole.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
-#include <limits>
 #include <vector>
+
+#include "contrastive_loss_terms.h"
+#include "parallel.h"
 
 namespace em3 {
 namespace {
@@ -16,140 +18,183 @@ using Doubles = std::vector<double>;
 
 std::size_t size(std::int64_t n) { return static_cast<std::size_t>(n); }
 
-// Four sums, so that one addition need not wait for the one before it.
-double dot(const float* a, const float* b, std::int64_t n) {
-  double sums[4] = {0.0, 0.0, 0.0, 0.0};
-  std::int64_t v = 0;
-  for (; v + 4 <= n; v += 4) {
-    for (int k = 0; k < 4; ++k) sums[k] += static_cast<double>(a[v + k]) * b[v + k];
-  }
-  for (; v < n; ++v) sums[0] += static_cast<double>(a[v]) * b[v];
-  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
-}
+float* pointer(Floats& numbers) { return numbers.empty() ? nullptr : numbers.data(); }
 
-// Rows of length 1, and what they were divided by, inverted: 0 for one no longer than 1e-12, which becomes zero.
-void normalize(const float* from, std::int64_t n, std::int64_t V, bool wanted, float* to, float* inverse) {
-  for (std::int64_t i = 0; i < n; ++i, from += V, to += V) {
-    const double length = wanted ? std::sqrt(dot(from, from, V)) : 1.0;
-    inverse[i] = length > 1e-12 ? static_cast<float>(1.0 / length) : 0.0f;
-    for (std::int64_t v = 0; v < V; ++v) to[v] = from[v] * inverse[i];
-  }
-}
-
-// The gradient to normalised rows becomes that to the rows before.
-void denormalize(const float* rows, const float* inverse, const float* gradient, std::int64_t n, std::int64_t V,
-                 bool wanted, float* to) {
-  for (std::int64_t i = 0; i < n; ++i, rows += V, gradient += V, to += V) {
-    const float along = wanted ? static_cast<float>(dot(rows, gradient, V)) : 0.0f;
-    for (std::int64_t v = 0; v < V; ++v) to[v] = (gradient[v] - rows[v] * along) * inverse[i];
-  }
-}
-
+// At the threshold log(1 + e^40) is 40 in double precision.
 double softplus(double x) { return x > 40.0 ? x : std::log1p(std::exp(x)); }
+double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
 
 struct Whole {
   const WholeContrast& given;
   const ShiftLimits& limits;
+  const WholeState& state;
   const int threads;
   const Isa isa;
   const std::int64_t B = given.B, V = given.V, M = given.B + given.K;
-  Floats x = Floats(size(B * V)), y = Floats(size(M * V)), inverse_x = Floats(size(B)), inverse_y = Floats(size(M));
-  Floats offset, row, col;
-  Doubles similarity = Doubles(size(B)), losses = Doubles(size(B));  // of the positives; of the rows
+  Floats inverse, offset;  // [B + M] of content, then of IDs and negatives; [M]
+  Doubles similarity;      // [B], of the positives, times the scale
   Contrast contrast{};
-  double per_loss = 0.0;  // what a row's loss counts in the whole
 
-  double forward() {
-    normalize(given.content, B, V, given.normalize, x.data(), inverse_x.data());
-    normalize(given.ids, B, V, given.normalize, y.data(), inverse_y.data());
-    normalize(given.negatives, given.K, V, given.normalize, y.data() + B * V, inverse_y.data() + B);
+  Whole(const WholeContrast& whole, const ShiftLimits& shift_limits, const WholeState& kept, int at_most, Isa path)
+      : given(whole), limits(shift_limits), state(kept), threads(at_most), isa(path) {
+    if (given.normalize) {
+      inverse.resize(size(B + M));
+      inverse_lengths(given.content, B, V, inverse.data(), threads, isa);
+      inverse_lengths(given.ids, B, V, inverse.data() + B, threads, isa);
+      inverse_lengths(given.negatives, given.K, V, inverse.data() + 2 * B, threads, isa);
+    }
+    similarity.resize(size(B));
+    row_products(given.content, given.ids, B, V, similarity.data(), threads, isa);
+    // With the scale as it is in the matrix: near 1,000 its rounding would be between the positive and the others.
+    for (std::int64_t i = 0; i < B; ++i) {
+      const double scale = rounded_scale(given.scale, given.normalize ? &inverse[size(i)] : nullptr);
+      similarity[size(i)] *= scale * (given.normalize ? inverse[size(B + i)] : 1.0f);
+    }
     if (given.log_q != nullptr) {
       offset.resize(size(M));
       for (std::int64_t i = 0; i < B; ++i) offset[size(i)] = -given.log_q[i];
     }
-    row.resize(size(given.rows ? B : 0));
-    col.resize(size(given.cols ? B : 0));
-    const float* const offsets = given.log_q == nullptr ? nullptr : offset.data();
-    contrast = {B, B, M, V, true, x.data(), V, y.data(), V, static_cast<float>(given.scale), given.item_ids, given.item_ids,
-                offsets, offsets};
-    contrastive_loss_forward(contrast, limits, pointer(row), pointer(col), threads, isa);
-    double total = 0.0, mass = given.mean ? 0.0 : 1.0;
-    for (std::int64_t i = 0; i < B; ++i) {
-      similarity[size(i)] = dot(x.data() + i * V, y.data() + i * V, V);
-      for (const Floats* of : {&row, &col}) {
-        if (!of->empty()) losses[size(i)] += softplus(margin(*of, i)) / ways();
-      }
-      total += weight(i) * losses[size(i)];
-      if (given.mean) mass += weight(i);
-    }
-    per_loss = mass == 0.0 ? 0.0 : 1.0 / mass;
-    return total * per_loss;
+    const bool positive = given.duplicates == Duplicates::positive;
+    contrast.kind = !given.sigmoid ? ContrastKind::infonce
+                    : positive     ? ContrastKind::sigmoid_positive
+                                   : ContrastKind::sigmoid;
+    contrast.B = contrast.N = B;
+    contrast.M = M;
+    contrast.V = V;
+    contrast.own = true;
+    contrast.x = {given.content, V, B, nullptr, of_content()};
+    contrast.y = {given.ids, V, B, given.negatives, of_ids()};
+    contrast.scale = given.scale;
+    contrast.bias = given.bias;
+    contrast.base2 = !given.sigmoid;
+    // Several positives of InfoNCE are candidates like any other row.
+    const bool apart = given.duplicates == Duplicates::mask || (given.sigmoid && positive);
+    contrast.row_ids = contrast.col_ids = apart ? given.item_ids : nullptr;
+    contrast.down = contrast.across = given.log_q == nullptr ? nullptr : offset.data();
   }
 
-  void backward(double loss, const WholeGradients& to) const {
-    Floats drow(row.size()), dcol(col.size());
-    Doubles dpositive(size(B));
+  double forward() const {
+    contrastive_loss_forward(contrast, limits, state.row, state.col, state.kept, threads, isa);
     for (std::int64_t i = 0; i < B; ++i) {
-      if (to.weight != nullptr) {
-        to.weight[i] = static_cast<float>(per_loss * (losses[size(i)] - (given.mean ? loss : 0.0)));
+      double& loss = state.losses[i];
+      loss = given.sigmoid ? softplus(-positive(i)) : 0.0;
+      for (const float* others : {state.row, state.col}) {
+        if (others == nullptr) continue;
+        loss += (given.sigmoid ? others[i] : softplus(margin(others, i))) / ways();
       }
-      const double factor = per_loss * weight(i) / ways();
-      share(row, i, factor, drow, dpositive);
-      share(col, i, factor, dcol, dpositive);
     }
-    const bool vectors = to.content != nullptr || to.ids != nullptr || to.negatives != nullptr;
-    if (!vectors && to.scale == nullptr && to.log_q == nullptr) return;
-    Floats dx(size(vectors ? B * V : 0)), dy(size(vectors ? M * V : 0)), doffset(size(to.log_q == nullptr ? 0 : M));
-    double dscale = 0.0;
-    contrastive_loss_backward(contrast, limits, pointer(row), pointer(col), pointer(drow), pointer(dcol),
-                              {pointer(dx), pointer(dy), to.scale == nullptr ? nullptr : &dscale, pointer(doffset)}, threads,
-                              isa);
+    const LinearTerms terms(given, of_content(), of_ids());
+    if (!terms.none()) terms.add_losses(state.losses);
+    return given.reduction == Reduction::none ? 0.0 : reduced();
+  }
+
+  void backward(const double* upstream, const WholeGradients& to) const {
+    // What a row's loss counts in the whole, a mean over the directions; what each direction's sum and the positive get.
+    Doubles share(size(B)), dpositive(size(B));
+    Floats drow(size(state.row == nullptr ? 0 : B)), dcol(size(state.col == nullptr ? 0 : B));
+    const double per_loss = given.reduction == Reduction::mean ? inverse_mass() : 1.0;
+    const double mean = given.reduction == Reduction::mean && to.weight != nullptr ? reduced() : 0.0;
+    double dbias = 0.0;
     for (std::int64_t i = 0; i < B; ++i) {
-      const float own = static_cast<float>(dpositive[size(i)] * given.scale);
-      for (std::int64_t v = i * V; vectors && v < (i + 1) * V; ++v) {
-        dx[size(v)] += own * y[size(v)];
-        dy[size(v)] += own * x[size(v)];
+      const double above = upstream[given.reduction == Reduction::none ? i : 0] * per_loss;
+      if (to.weight != nullptr) to.weight[i] = static_cast<float>(above * (state.losses[i] - mean));
+      share[size(i)] = above * weight(i) / ways();
+      if (given.sigmoid) {
+        dpositive[size(i)] = -above * weight(i) * sigmoid(-positive(i));
+        dbias += dpositive[size(i)];
       }
-      dscale += dpositive[size(i)] * similarity[size(i)];
-      if (to.log_q != nullptr) to.log_q[i] = -static_cast<float>(doffset[size(i)] + dpositive[size(i)]);
+      pass_on(state.row, i, share[size(i)], drow, dpositive);
+      pass_on(state.col, i, share[size(i)], dcol, dpositive);
     }
-    if (to.scale != nullptr) *to.scale = dscale;
-    const bool unit = given.normalize;
-    if (to.content != nullptr) denormalize(x.data(), inverse_x.data(), dx.data(), B, V, unit, to.content);
-    if (to.ids != nullptr) denormalize(y.data(), inverse_y.data(), dy.data(), B, V, unit, to.ids);
-    if (to.negatives != nullptr) {
-      denormalize(y.data() + B * V, inverse_y.data() + B, dy.data() + B * V, given.K, V, unit, to.negatives);
+    Doubles dcorrection = dpositive;  // to -log_q
+    Floats dx, dy, dmore, doffset(size(to.log_q == nullptr ? 0 : M));
+    double from_matrix = 0.0;
+    ContrastGradients inner{nullptr, nullptr, nullptr, to.scale, to.bias == nullptr ? nullptr : &from_matrix, pointer(doffset)};
+    if (to.content != nullptr || to.scale != nullptr || to.ids != nullptr || to.negatives != nullptr) {
+      inner.dx = room(to.content, B, dx);
+      inner.dy = room(to.ids, B, dy);
+      inner.more = room(to.negatives, given.K, dmore);
+      from_positives(dpositive, inner);
+    }
+    const LinearTerms terms(given, of_content(), of_ids());
+    if (!terms.none()) terms.add_gradients(share.data(), inner, dcorrection.data());
+    if (to.content == nullptr && to.scale == nullptr) inner.dx = nullptr;
+    if (to.ids == nullptr && to.negatives == nullptr) inner.dy = nullptr;
+    contrastive_loss_backward(contrast, limits, state.row, state.col, drow.data(), dcol.data(), state.kept, inner, threads, isa);
+    if (to.bias != nullptr) *to.bias = dbias + from_matrix;
+    for (std::int64_t i = 0; to.log_q != nullptr && i < B; ++i) {
+      to.log_q[i] = -static_cast<float>(doffset[size(i)] + dcorrection[size(i)]);
     }
   }
 
  private:
-  static const float* pointer(const Floats& numbers) { return numbers.empty() ? nullptr : numbers.data(); }
-  static float* pointer(Floats& numbers) { return numbers.empty() ? nullptr : numbers.data(); }
+  const float* of_content() const { return given.normalize ? inverse.data() : nullptr; }
+  const float* of_ids() const { return given.normalize ? inverse.data() + B : nullptr; }
   double ways() const { return given.rows && given.cols ? 2.0 : 1.0; }
   double weight(std::int64_t i) const { return given.weight == nullptr ? 1.0 : given.weight[i]; }
 
-  // The logsumexp over the other candidates less the positive's logit; the loss is its softplus.
-  double margin(const Floats& others, std::int64_t i) const {
-    const double correction = given.log_q == nullptr ? 0.0 : given.log_q[i];
-    return others[size(i)] - (given.scale * similarity[size(i)] - correction);
+  // The positive's logit.
+  double positive(std::int64_t i) const {
+    return similarity[size(i)] + given.bias - (given.log_q == nullptr ? 0.0 : given.log_q[i]);
   }
 
-  void share(const Floats& others, std::int64_t i, double factor, Floats& gradient, Doubles& dpositive) const {
-    if (others.empty()) return;
-    const double slope = factor / (1.0 + std::exp(-margin(others, i)));
+  // The logsumexp over the others less the positive's logit.
+  double margin(const float* others, std::int64_t i) const { return others[i] * 0.6931471805599453 - positive(i); }
+
+  double inverse_mass() const {
+    double mass = 0.0;
+    for (std::int64_t i = 0; i < B; ++i) mass += weight(i);
+    return mass == 0.0 ? 0.0 : 1.0 / mass;
+  }
+
+  double reduced() const {
+    double total = 0.0;
+    for (std::int64_t i = 0; i < B; ++i) total += weight(i) * state.losses[i];
+    return given.reduction == Reduction::mean ? total * inverse_mass() : total;
+  }
+
+  void pass_on(const float* others, std::int64_t i, double share, Floats& gradient, Doubles& dpositive) const {
+    if (others == nullptr) return;
+    const double slope = given.sigmoid ? share : share * sigmoid(margin(others, i));
     gradient[size(i)] = static_cast<float>(slope);
-    dpositive[size(i)] -= slope;
+    if (!given.sigmoid) dpositive[size(i)] -= slope;
+  }
+
+  // Where a gradient that is wanted goes, and one that is needed for another.
+  float* room(float* wanted, std::int64_t rows, Floats& own) const {
+    if (wanted != nullptr) return wanted;
+    own.resize(size(rows * V));
+    return pointer(own);
+  }
+
+  // The positives' part of the gradients; it is what the rest is added to.
+  void from_positives(const Doubles& dpositive, const ContrastGradients& to) const {
+    const int parts = static_cast<int>(std::min<std::int64_t>(threads, 1 + B * V / 100000));
+    parallel_for(threads, parts, [&](int part) {
+      for (std::int64_t i = B * part / parts; i < B * (part + 1) / parts; ++i) {
+        const double to_x = dpositive[size(i)] * (given.normalize ? inverse[size(B + i)] : 1.0f);
+        const double to_y = dpositive[size(i)] * given.scale * (given.normalize ? inverse[size(i)] : 1.0f);
+        const float by_x = static_cast<float>(to_x), by_y = static_cast<float>(to_y);
+        const float *const x = given.content + i * V, *const y = given.ids + i * V;
+        float *const dx = to.dx + i * V, *const dy = to.dy + i * V;
+        for (std::int64_t v = 0; v < V; ++v) dx[v] = by_x * y[v];
+        for (std::int64_t v = 0; v < V; ++v) dy[v] = by_y * x[v];
+      }
+    });
+    std::fill(to.more, to.more + given.K * V, 0.0f);
   }
 };
 
 }  // namespace
 
-double contrastive_loss_whole(const WholeContrast& given, const ShiftLimits& limits, const WholeGradients& to,
-                              int threads, Isa isa) {
-  Whole whole{given, limits, threads, isa};
-  const double loss = whole.forward();
-  whole.backward(loss, to);
-  return loss;
+double contrastive_loss_whole_forward(const WholeContrast& given, const ShiftLimits& limits, const WholeState& state,
+                                      int threads, Isa isa) {
+  return Whole(given, limits, state, threads, isa).forward();
+}
+
+void contrastive_loss_whole_backward(const WholeContrast& given, const ShiftLimits& limits, const WholeState& state,
+                                     const double* upstream, const WholeGradients& to, int threads, Isa isa) {
+  Whole(given, limits, state, threads, isa).backward(upstream, to);
 }
 
 }  // namespace em3

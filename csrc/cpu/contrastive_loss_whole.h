@@ -1,5 +1,5 @@
-// contrastive_loss from the embeddings to the loss and its gradients in one call, for batches so small that calls cost
-// more than arithmetic.
+// contrastive_loss from the embeddings to the loss, and from its gradient to theirs, in a call each: what lies around the
+// matrix of logits then takes no tensors of the size of the embeddings, and few calls where there are few logits.
 #pragma once
 
 #include <cstdint>
@@ -8,26 +8,43 @@
 
 namespace em3 {
 
-// B rows, M = B + K candidates. InfoNCE with masked duplicates; a sum of the rows' losses or their mean, each by weight.
+enum class Duplicates { mask, positive, keep };
+enum class Reduction { mean, sum, none };
+
+// B rows, M = B + K candidates.
 struct WholeContrast {
+  bool sigmoid;
+  Duplicates duplicates;
+  Reduction reduction;
+  bool rows, cols;  // content to ID, ID to content: at least one
+  bool normalize;
   std::int64_t B, K, V;
   const float *content, *ids, *negatives;  // [B, V], [B, V], [K, V], one block each
-  double scale;
+  double scale, bias, smoothing;
   const std::int64_t* item_ids;  // [B]; null = every row is an item of its own
   const float *log_q, *weight;   // [B]; null = 0 and 1
-  bool rows, cols;               // content to ID, ID to content: at least one
-  bool mean, normalize;
+};
+
+// What the forward leaves for the backward.
+struct WholeState {
+  float *row, *col;  // [B], null where the direction is not asked for
+  double* losses;    // [B], of the rows, without their weights
+  Kept kept;
 };
 
 // Null where not wanted, uninitialised where they are.
 struct WholeGradients {
   float *content, *ids, *negatives;  // like the embeddings
-  double* scale;
+  double *scale, *bias;
   float *log_q, *weight;  // [B]
 };
 
-// The loss; `to` gets its gradients.
-double contrastive_loss_whole(const WholeContrast& given, const ShiftLimits& limits, const WholeGradients& to,
-                              int threads, Isa isa);
+// Fills the state and returns the loss; for Reduction::none 0, as each row's is its weight times state.losses.
+double contrastive_loss_whole_forward(const WholeContrast& given, const ShiftLimits& limits, const WholeState& state,
+                                      int threads, Isa isa);
+
+// `upstream` is the gradient to the loss, one number, or one a row for Reduction::none.
+void contrastive_loss_whole_backward(const WholeContrast& given, const ShiftLimits& limits, const WholeState& state,
+                                     const double* upstream, const WholeGradients& to, int threads, Isa isa);
 
 }  // namespace em3

@@ -60,4 +60,4 @@ def chosen(kind: str, backend: str, x: Tensor, y: Tensor, *rest: Any) -> InfoNCE
     if kind == INFONCE:
         args = (x, y, *rest)
         return InfoNCE(_dispatch.choose("contrastive_loss", backend, args, about(x, y, rest[1])))
-    return Sigmoid(_contrastive_sigmoid.served(backend), kind == SIGMOID_POSITIVE)
+    return Sigmoid(_contrastive_sigmoid.served(backend, x, y, *rest), kind == SIGMOID_POSITIVE)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..backends.torch import contrastive_ranks as tiled
 from . import _checks
+from ._contrastive_operator import of_probabilities
 from ._contrastive_ring import Blocks
 from ._ring import Exchange, Ring, arrived
 
@@ -29,12 +30,14 @@ torch.library.define(
 
 @torch.library.impl("em3::contrastive_ranks", "default")
 def _ranks(x, y, scale, item_ids, offset, of_row, of_col):
+    of_probabilities(offset)
     with _checks.no_autocast(x.device):
         return tiled.forward(x, y, scale, item_ids, offset, of_row, of_col)
 
 
 @torch.library.impl("em3::contrastive_ranks_ring", "default")
 def _ranks_ring(x, y, scale, item_ids, offset, of_row, of_col, sizes, group):
+    of_probabilities(offset)
     ring, blocks = Ring(group), Blocks(x, y, item_ids, offset, sizes)
     row = x.new_zeros(0 if of_row is None else x.shape[0], dtype=torch.float64)
     passed: list[Tensor] | Exchange | None = None

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import _checks
 from ._contrastive_kinds import chosen
+from ._contrastive_operator import of_probabilities
 from ._ring import Exchange, Ring, arrived
 
 # sizes [W, 3]: of each rank B, K and V.
@@ -64,6 +65,7 @@ def _behind(of_rows: Tensor | None, of_cols: Tensor | None, b: int) -> Tensor | 
 
 @torch.library.impl("em3::contrastive_loss_ring", "default")
 def _forward(x, y, scale, bias, item_ids, offset, sizes, rows, cols, kind, backend, group):
+    of_probabilities(offset)
     ring, blocks = Ring(group), Blocks(x, y, item_ids, offset, sizes)
     kernel = chosen(kind, backend, x, y, scale, item_ids, offset, rows, cols)
     row = x.new_full((x.shape[0] if rows else 0,), kernel.nothing, dtype=torch.float64)

@@ -1,85 +1,89 @@
-"""``contrastive_loss`` of a small batch as one step of autograd: one call of the compiled kernel, gradients included.
+"""``contrastive_loss`` on a CPU as one step of autograd: a call of the compiled code forward and one backward.
 
-Here the time goes into the number of calls and not into what they compute. A gradient that turns out not to be needed costs
-less than a second call.
+What lies around the matrix of logits (lengths, positives, several of them, smoothing, weights, reductions) is compiled too:
+as operators under autograd it keeps and makes tensors of the size of the embeddings, seven times their memory together, and
+where there are few logits its calls cost more than the arithmetic.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _checks, _dispatch
+from . import _checks, _contrastive_sigmoid, _dispatch
+from ._contrastive_operator import of_probabilities
 
-# Logits. Forward and backward, AVX2, one thread's processor time on a busy machine, in turns, ms: the full matrix with two
-# cross entropies, the operators with autograd around them, this call. V=128, B=2: 0.32, 0.84, 0.20; 64: 0.44, 1.08, 0.32;
-# 128: 0.71, 1.38, 0.53; 256: 1.6, 2.5, 1.3; 512: 7.6, 5.4, 3.9. V=32, B=256: 1.1, -, 0.58; 300: 1.6, 1.5, 0.68; 400: 2.9,
-# 1.8, 0.99. V=512, B=256: 5.2, -, 4.5; 300: 6.9, 9.1, 7.9; 400: 10.2, 13.9, 11.8, where the logits' second product weighs
-# most. Beyond the limit it would gain ever less, and a backward that nobody runs would cost ever more.
-LIMIT = 512 * 512
+# The logits are kept for the backward where there are at most so many candidates for each column of the embeddings: a
+# quarter of the arithmetic for at most the memory of the embeddings.
+KEPT = 2
 
 
-def serves(content: Tensor, negatives: Tensor | None, options: dict[str, Any], backend: str) -> bool:
-    """Whether a call is one of few logits, of float32 or the half types on the CPU, and of plain InfoNCE."""
-    b = content.shape[0]
-    if not 0 < b * (b + (0 if negatives is None else negatives.shape[0])) <= LIMIT or backend not in ("auto", "cpp"):
+def serves(content: Tensor, backend: str) -> bool:
+    """Whether a call is one of float32 or the half types on the CPU, outside of graphs: a graph holds operators, and its
+    compiler joins what lies around them."""
+    if 0 in content.shape or backend not in ("auto", "cpp") or torch.compiler.is_compiling():
         return False
-    if content.device.type != "cpu" or content.dtype == torch.float64 or type(content) not in (Tensor, torch.nn.Parameter):
-        return False
-    if options["kind"] != "infonce" or options["label_smoothing"] or options["duplicates"] == "positive":
-        return False
-    # A graph holds operators, and its compiler joins what lies around them.
-    return options["reduction"] != "none" and not torch.compiler.is_compiling()
+    plain = type(content) in (Tensor, torch.nn.Parameter)
+    return plain and content.device.type == "cpu" and content.dtype != torch.float64
 
 
 def loss(content: Tensor, ids_embedding: Tensor, negatives: Tensor | None, logit_scale: float | Tensor,
-         item_ids: Tensor | None, log_q: Tensor | None, weight: Tensor | None, asked: list[bool],
+         logit_bias: float | Tensor | None, item_ids: Tensor | None, log_q: Tensor | None, weight: Tensor | None,
          options: dict[str, Any], backend: str) -> Tensor | None:  # fmt: skip
     """As :func:`em3.ops.contrastive_loss`, from checked arguments; None if the backend that is to serve has no such call."""
-    scale = logit_scale if isinstance(logit_scale, Tensor) else content.new_full((), logit_scale, dtype=torch.float64)
-    item_ids = item_ids if options["duplicates"] == "mask" else None
-    x, b = content.detach().float(), content.shape[0]
-    m = b if negatives is None else b + negatives.shape[0]
-    args = (x, x if m == b else x.new_empty(m, x.shape[1]), scale, item_ids, log_q, *asked)
-    about = (x, "plain" if item_ids is None else "ids", (b, m, x.shape[1]))
-    chosen = _dispatch.choose("contrastive_loss", backend, args, about)
-    if not hasattr(chosen, "whole"):
+    chosen = _chosen(content, negatives, item_ids, options, backend)
+    if not hasattr(chosen, "whole_forward"):
         return None
-    found: Tensor = _Whole.apply(
-        chosen.whole, content, ids_embedding, negatives, scale, log_q, weight, item_ids, asked, options["reduction"] == "mean",
-        options["normalize"], torch.is_grad_enabled(),
-    )  # fmt: skip
+    of_probabilities(None if log_q is None else -log_q.detach())
+    scale, bias = (
+        n if n is None or isinstance(n, Tensor) else torch.tensor(n, dtype=torch.float64) for n in (logit_scale, logit_bias)
+    )
+    inputs = (content, ids_embedding, negatives, scale, bias, log_q, weight)
+    found: Tensor = _Whole.apply(chosen, item_ids, options, torch.is_grad_enabled(), *inputs)
     return found
+
+
+def _chosen(content: Tensor, negatives: Tensor | None, item_ids: Tensor | None, options: dict[str, Any],
+            backend: str) -> ModuleType:  # fmt: skip
+    """By the widened embeddings, of which only the kind and the size are looked at."""
+    b, v = content.shape
+    m = b if negatives is None else b + negatives.shape[0]
+    x = content.detach() if content.dtype == torch.float32 else torch.empty(b, v)
+    args = (x, x if m == b else x.new_empty(m, v), x, item_ids, None, True, True)
+    if options["kind"] == "sigmoid":
+        return _contrastive_sigmoid.served(backend, *args)
+    masked = item_ids is not None and options["duplicates"] == "mask"
+    return _dispatch.choose("contrastive_loss", backend, args, (x, "ids" if masked else "plain", (b, m, v)))
 
 
 class _Whole(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, whole: Callable[..., Any], content: Tensor, ids_embedding: Tensor, negatives: Tensor | None,
-                scale: Tensor, log_q: Tensor | None, weight: Tensor | None, item_ids: Tensor | None, asked: list[bool],
-                mean: bool, normalize: bool, gradients: bool) -> Tensor:  # fmt: skip
-        inputs = (content, ids_embedding, negatives, scale, log_q, weight)
-        # needs_input_grad is what tensors require, under no_grad too; and here gradients cost three times the loss.
-        need = [n and gradients for n in ctx.needs_input_grad[1:7]]
-        found, grads = whole(
-            content, ids_embedding, negatives, scale, log_q, weight, item_ids, asked, mean, normalize,
-            list(need),
-        )  # fmt: skip
-        ctx.save_for_backward(*grads)
-        # Not by save_for_backward: they are never read, and whoever owns them may have written to them meanwhile.
-        ctx.inputs = [t if n else None for t, n in zip(inputs, need, strict=True)]
-        ctx.like = [None if t is None else (t.dtype, t.shape) for t in inputs]
-        return content.new_full((), found)
+    def forward(ctx: Any, module: ModuleType, item_ids: Tensor | None, options: dict[str, Any], gradients: bool,
+                *inputs: Tensor | None) -> Tensor:  # fmt: skip
+        content, _, negatives, *_, weight = inputs
+        assert content is not None
+        # needs_input_grad is what tensors require, under no_grad too.
+        ctx.need = [n and gradients for n in ctx.needs_input_grad[4:]]
+        m = content.shape[0] + (0 if negatives is None else negatives.shape[0])
+        keep = any(ctx.need) and m <= KEPT * content.shape[1]
+        found, state = module.whole_forward(list(inputs), item_ids, options, keep)
+        ctx.module, ctx.options = module, options
+        ctx.save_for_backward(item_ids, *inputs, *state)
+        if options["reduction"] != "none":
+            return content.new_full((), found)
+        losses = state[2]
+        return (losses if weight is None else losses * weight).to(content.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        factors = {torch.float32: grad.float(), torch.float64: grad.double()}
-        grads = [
-            None if g is None else (g * factors[g.dtype]).to(like[0]).view(like[1])
-            for g, like in zip(ctx.saved_tensors, ctx.like, strict=True)
-        ]
+        item_ids, *rest = ctx.saved_tensors
+        inputs, state = rest[:7], rest[7:]
+        grads = ctx.module.whole_backward(grad, inputs, item_ids, ctx.options, state, ctx.need)
+        grads = [None if g is None else g.to(t.dtype).view(t.shape) for g, t in zip(grads, inputs, strict=True)]
         if torch.is_grad_enabled():  # under create_graph
-            grads = list(_checks.NoSecondOrder.apply("contrastive_loss", grad, *ctx.inputs, *grads))
-        return None, *grads, None, None, None, None, None
+            asked = [t if n else None for t, n in zip(inputs, ctx.need, strict=True)]
+            grads = list(_checks.NoSecondOrder.apply("contrastive_loss", grad, *asked, *grads))
+        return None, None, None, None, *grads

@@ -54,8 +54,12 @@ def contrastive_loss(content: Tensor, ids_embedding: Tensor, *, item_ids: Tensor
         both:           the average of the two, whose mean over the batch is SigLIP's
 
     Masked duplicates are no pairs; with ``"positive"`` their pairs are positive too and each adds ``softplus(-L_ip)``.
-    Extra negatives are pairs of ``content_to_id``, and so count half under ``"both"``. With ``log_q``, which the two
-    directions take from different sides, this is noise-contrastive estimation, whose number of negatives is in the bias.
+    Extra negatives are pairs of ``content_to_id``, and so count half under ``"both"``. With ``log_q`` this is
+    noise-contrastive estimation: a pair's logit, less the log-probability with which its candidate was sampled, is the logit
+    of coming from the data and not from the sampler. The candidate is the column in ``content_to_id`` and the row in
+    ``id_to_content``, so that a pair has two logits under ``"both"``; the own pair has the same in both. The number of
+    negatives for each positive, of which the logit takes the logarithm too, is left to ``logit_bias``, as are probabilities
+    that are known but for a factor. SigLIP itself has no ``log_q``: its balance is the bias alone.
 
     ``log_q`` is the logarithm of the probability with which the sampler puts each item into the batch. Subtracting it,
     from the positive's logit too, makes in-batch negatives stand for the whole catalogue (sampled softmax). Extra
@@ -84,10 +88,11 @@ def contrastive_loss(content: Tensor, ids_embedding: Tensor, *, item_ids: Tensor
             tensor with one element.
         logit_bias: what is added to every logit of ``kind="sigmoid"``, for which it must be given: a number, or a
             floating-point tensor with one element. SigLIP's starts at -10, its ``logit_scale`` at 10.
-        log_q: ``[B]`` or None.
+        log_q: ``[B]`` or None; at most 0. More, as a probability has that was given for its logarithm, is an error: on the
+            CPU always, on a GPU under ``em3.debug_checks()`` only, since looking waits for the device.
         weight: ``[B]`` or None: a factor ``w_i >= 0`` of each row's loss.
         negatives: ``[K, V]`` or None: further ID embeddings that ``content_to_id`` contrasts with.
-        kind: ``"infonce"`` or ``"sigmoid"``; the latter has the torch backend alone.
+        kind: ``"infonce"`` or ``"sigmoid"``, which the Triton backend does not serve.
         label_smoothing: from 0 to 1, of ``kind="infonce"``.
         direction: ``"both"``, ``"content_to_id"`` or ``"id_to_content"``.
         reduction: ``"mean"`` = ``sum(w l) / sum(w)`` (0 if that sum is 0), ``"sum"`` = ``sum(w l)``, ``"none"`` = ``w l``.
@@ -123,9 +128,10 @@ def contrastive_loss(content: Tensor, ids_embedding: Tensor, *, item_ids: Tensor
     request = _dispatch.requested(backend)
     options = dict(duplicates=duplicates, kind=kind, label_smoothing=label_smoothing, direction=direction,
                    reduction=reduction, normalize=normalize)  # fmt: skip
-    if group is None and whole.serves(content, negatives, options, request):
-        asked = [direction in ("both", way) for way in terms.DIRECTIONS[1:]]
-        found = whole.loss(content, ids_embedding, negatives, logit_scale, item_ids, log_q, weight, asked, options, request)
+    if group is None and whole.serves(content, request):
+        found = whole.loss(
+            content, ids_embedding, negatives, logit_scale, logit_bias, item_ids, log_q, weight, options, request
+        )
         if found is not None:
             return found.to(dtype)
     batch = prepared(

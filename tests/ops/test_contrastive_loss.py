@@ -18,6 +18,8 @@ from em3.ops import _contrastive_whole
 from tests import oracle
 
 BACKENDS = oracle.backends("contrastive_loss")
+SIGMOID = [backend for backend in BACKENDS if backend.values[0] != "triton"]
+COMPILED = BACKENDS[:1]
 # Under -1 no logit is small enough for the single exponential: the way of a GPU, and of inputs that no shift fits.
 SUMS = [tiled.LARGEST_LOGIT, -1.0]
 
@@ -43,7 +45,7 @@ def make(b: int, v: int, *, k: int = 0, ids: int | None = None, log_q: bool = Fa
     if ids is not None:
         args["item_ids"] = torch.randint(ids, (b,))
     if log_q:
-        args["log_q"] = rand(b)
+        args["log_q"] = torch.rand(b, dtype=torch.float64).mul(-3).requires_grad_()
     if weight:
         args["weight"] = torch.rand(b, dtype=torch.float64).requires_grad_()
     return args | options
@@ -82,13 +84,14 @@ def test_matches_the_reference(backend, tile, largest, dtype, seed, monkeypatch)
     check()
 
 
-@pytest.mark.parametrize("backend", BACKENDS[:1])
-def test_many_logits_match_the_reference(backend, seed, monkeypatch):
-    """Few of them are one call of the compiled kernel, with its gradients."""
-    monkeypatch.setattr(_contrastive_whole, "LIMIT", 0)
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("kind", ["infonce", "sigmoid"])
+def test_operators_match_the_reference(backend, kind, seed, monkeypatch):
+    """As a graph has them, without the compiled code around them."""
+    monkeypatch.setattr(_contrastive_whole, "serves", lambda *args: False)
 
-    @settings(max_examples=60)
-    @given(case=cases((2, 3, 9, 17)), salt=st.integers(0, 2**31))
+    @settings(max_examples=40)
+    @given(case=cases((2, 3, 9, 17), kind), salt=st.integers(0, 2**31))
     def check(case, salt):
         torch.manual_seed(seed ^ salt)
         oracle.check(op(backend), reference.contrastive_loss, make(**case), torch.float32, salt)
@@ -96,10 +99,45 @@ def test_many_logits_match_the_reference(backend, seed, monkeypatch):
     check()
 
 
-@pytest.mark.parametrize("backend", BACKENDS[:1])
-def test_only_what_takes_a_gradient_gets_one(backend):
-    """Of few logits: each argument alone, each twice over one graph, and none."""
-    args = oracle.convert(make(7, 4, k=2, ids=3, log_q=True, weight=True), torch.float32)
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("kept", [0, 10**9], ids=["made twice", "kept"])
+def test_logits_made_twice_or_kept(backend, kept, seed, monkeypatch):
+    monkeypatch.setattr(_contrastive_whole, "KEPT", kept)
+
+    @settings(max_examples=40)
+    @given(case=cases((1, 2, 33, 130)), kind=st.sampled_from(["infonce", "sigmoid"]), salt=st.integers(0, 2**31))
+    def check(case, kind, salt):
+        torch.manual_seed(seed ^ salt)
+        case = case | dict(kind=kind, label_smoothing=case["label_smoothing"] if kind == "infonce" else 0.0)
+        oracle.check(op(backend), reference.contrastive_loss, make(**case), torch.float32, salt)
+
+    check()
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("v", [16, 128])
+def test_memory_is_linear_in_the_batch(backend, v):
+    """Of whatever autograd keeps between forward and backward: some numbers a row, or few enough logits."""
+    b, kept = 600, {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    args = oracle.convert(make(b, v, ids=b, log_q=True, weight=True), torch.float32)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        op(backend)(**args)
+    rows = sum(nbytes for address, nbytes in kept.items() if address not in {t.data_ptr() for t in oracle.leaves(args)})
+    assert rows <= b * (4 * 2 + 8 + 8 + 8)  # two sums, the loss, the item's number
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("options", [
+    dict(), dict(kind="sigmoid", duplicates="positive"), dict(duplicates="positive", label_smoothing=0.1),
+], ids=str)  # fmt: skip
+def test_only_what_takes_a_gradient_gets_one(backend, options):
+    """Each argument alone, each twice over one graph, and none."""
+    args = oracle.convert(make(7, 4, k=2, ids=3, log_q=True, weight=True, **options), torch.float32)
     names = [name for name, value in args.items() if isinstance(value, torch.Tensor) and value.requires_grad]
     loss = op(backend)(**args)
     assert type(loss.grad_fn).__name__ == "_WholeBackward"
@@ -112,9 +150,11 @@ def test_only_what_takes_a_gradient_gets_one(backend):
         assert not op(backend)(**args).requires_grad
 
 
-@pytest.mark.parametrize("tile", [(4, 3), None], ids=["many tiles", "one tile"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_sigmoid_matches_the_reference(tile, dtype, seed, monkeypatch):
+@pytest.mark.parametrize(("backend", "tile", "dtype"), [
+    ("torch", (4, 3), torch.float64), ("torch", None, torch.float64), ("torch", (4, 3), torch.float32),
+    pytest.param("cpp", None, torch.float32, marks=COMPILED[0].marks),
+])  # fmt: skip
+def test_sigmoid_matches_the_reference(backend, tile, dtype, seed, monkeypatch):
     if tile:
         monkeypatch.setattr(tiled, "TILE", tile)
 
@@ -122,7 +162,7 @@ def test_sigmoid_matches_the_reference(tile, dtype, seed, monkeypatch):
     @given(case=cases((1, 2, 3, 9, 17), "sigmoid"), bias=st.sampled_from([-10.0, 0.0, 3.0]), salt=st.integers(0, 2**31))
     def check(case, bias, salt):
         torch.manual_seed(seed ^ salt)
-        oracle.check(op("torch"), reference.contrastive_loss, make(**case, bias=bias), dtype, salt)
+        oracle.check(op(backend), reference.contrastive_loss, make(**case, bias=bias), dtype, salt)
 
     check()
 
@@ -135,9 +175,10 @@ def test_half_types(backend, dtype, duplicates):
     oracle.check(op(backend), reference.contrastive_loss, args, dtype)
 
 
+@pytest.mark.parametrize("backend", SIGMOID)
 @pytest.mark.parametrize("dtype", oracle.HALF, ids=str)
-def test_sigmoid_in_half_types(dtype):
-    oracle.check(op("torch"), reference.contrastive_loss, make(64, 32, ids=20, log_q=True, kind="sigmoid"), dtype)
+def test_sigmoid_in_half_types(backend, dtype):
+    oracle.check(op(backend), reference.contrastive_loss, make(64, 32, ids=20, log_q=True, kind="sigmoid"), dtype)
 
 
 def test_label_smoothing_is_that_of_cross_entropy():
@@ -200,11 +241,13 @@ def test_several_real_tiles(backend):
     oracle.check(op(backend), reference.contrastive_loss, args, torch.float32)
 
 
-def test_several_real_tiles_of_sigmoid():
+@pytest.mark.parametrize("backend", SIGMOID)
+@pytest.mark.parametrize("duplicates", ["mask", "positive"])
+def test_several_real_tiles_of_sigmoid(backend, duplicates):
     b = max(tiled.TILE) + 37
     for log_q in (False, True):
-        args = make(b, 16, ids=b // 2, log_q=log_q, weight=True, kind="sigmoid")
-        oracle.check(op("torch"), reference.contrastive_loss, args, torch.float32)
+        args = make(b, 16, ids=b // 2, log_q=log_q, weight=True, kind="sigmoid", duplicates=duplicates)
+        oracle.check(op(backend), reference.contrastive_loss, args, torch.float32)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -251,11 +294,12 @@ def test_hard_inputs(backend, kind):
             assert oracle.relative_error(g, w, 1e-2) < 1e-4
 
 
+@pytest.mark.parametrize("backend", SIGMOID)
 @pytest.mark.parametrize("kind", ["zero vectors", "identical rows", "scale 100", "scale 100, bias 100"])
-def test_hard_inputs_of_sigmoid(kind):
+def test_hard_inputs_of_sigmoid(backend, kind):
     args = make(40, 8, scale=100.0 if "scale" in kind else 7.0, bias=100.0 if "bias" in kind else -10.0, kind="sigmoid")
     degrade(args, kind)
-    out, *grads = oracle.run(op("torch"), oracle.convert(args, torch.float32), 0)
+    out, *grads = oracle.run(op(backend), oracle.convert(args, torch.float32), 0)
     want, *want_grads = oracle.run(reference.contrastive_loss, args, 0)
     torch.testing.assert_close(out.double(), want, rtol=1e-4, atol=1e-4)
     for g, w in zip(grads, want_grads, strict=True):
@@ -285,7 +329,7 @@ def test_strides_and_same_bits(backend):
 @pytest.mark.parametrize(("backend", "options"), [
     *(pytest.param(*backend.values, options, marks=backend.marks)
       for backend in BACKENDS for options in (dict(duplicates="positive"), dict(label_smoothing=0.1))),
-    ("torch", dict(kind="sigmoid")),
+    *(pytest.param(*backend.values, dict(kind="sigmoid"), marks=backend.marks) for backend in SIGMOID),
 ])  # fmt: skip
 def test_torch_compile_fullgraph_and_autocast(backend, options):
     args = oracle.convert(make(20, 8, k=3, ids=9, log_q=True, weight=True, **options), torch.float32)
@@ -303,7 +347,7 @@ def test_torch_compile_fullgraph_and_autocast(backend, options):
 @pytest.mark.parametrize("duplicates", [False, True])
 def test_opcheck(backend, duplicates):
     x, y = torch.randn(6, 4, requires_grad=True), torch.randn(8, 4, requires_grad=True)
-    scale, offset = torch.tensor(3.0, dtype=torch.float64, requires_grad=True), torch.randn(8, requires_grad=True)
+    scale, offset = torch.tensor(3.0, dtype=torch.float64, requires_grad=True), torch.rand(8, requires_grad=True)
     ids = torch.tensor([0, 1, 0, 2, 3, 1]) if duplicates else None
     args = (x, y, scale, ids, offset, True, True, backend)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -315,19 +359,20 @@ def test_opcheck(backend, duplicates):
         torch.library.opcheck(torch.ops.em3.contrastive_loss_backward, back)
 
 
+@pytest.mark.parametrize("backend", SIGMOID)
 @pytest.mark.parametrize("with_offset", [False, True])
 @pytest.mark.parametrize("positive", [False, True])
-def test_opcheck_of_sigmoid(with_offset, positive):
+def test_opcheck_of_sigmoid(backend, with_offset, positive):
     x, y = torch.randn(6, 4, requires_grad=True), torch.randn(8, 4, requires_grad=True)
     scale, bias = (torch.tensor(n, dtype=torch.float64, requires_grad=True) for n in (3.0, -2.0))
-    offset = torch.randn(8, requires_grad=True) if with_offset else None
+    offset = torch.rand(8, requires_grad=True) if with_offset else None
     ids = torch.tensor([0, 1, 0, 2, 3, 1])
-    args = (x, y, scale, bias, ids, offset, True, True, positive, "torch")
+    args = (x, y, scale, bias, ids, offset, True, True, positive, backend)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.em3.contrastive_sigmoid, args, test_utils=tests)
     inputs = [None if t is None else t.detach() for t in args[:6]]
     for need in ([1, 1, 1, 1, with_offset], [1, 0, 0, 0, 0], [1, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 1, 0, 0, 0], [0] * 5):
-        back = (torch.randn(6), torch.randn(6), *inputs, [bool(n) for n in need], positive, "torch")
+        back = (torch.randn(6), torch.randn(6), *inputs, [bool(n) for n in need], positive, backend)
         torch.library.opcheck(torch.ops.em3.contrastive_sigmoid_backward, back)
 
 
@@ -370,6 +415,7 @@ def messages() -> dict[str, tuple[dict[str, Any], str]]:
         "item_ids shape": (dict(item_ids=torch.arange(4)), r"item_ids: was \[4\], must be \[3\]"),
         "item_ids dtype": (dict(item_ids=f(3)), r"item_ids: was torch.float32, must be torch.int64 or torch.int32"),
         "log_q": (dict(log_q=f(2)), r"log_q: was \[2\], must be \[3\]"),
+        "probabilities": (dict(log_q=torch.tensor([-1.0, 0.5, -2.0])), r"log_q: held 0.5, must be at most 0, the logarithm of a"),
         "weight": (dict(weight=torch.ones(3, dtype=torch.long)), r"weight: was torch.int64, must be of a floating-point dtype"),
         "logit_scale": (dict(logit_scale=f(2)), r"logit_scale: was \[2\], must be a number or a tensor with one element"),
         "logit_scale type": (dict(logit_scale="2"), r"logit_scale: was str, must be a number"),
@@ -398,10 +444,30 @@ def test_error_messages(case):
         em3.ops.contrastive_loss(**good | changed)
 
 
-def test_sigmoid_has_the_torch_backend_alone():
+def test_sigmoid_has_no_triton_backend():
     x = torch.randn(3, 4)
-    with pytest.raises(em3.BackendError, match=r"backend 'cpp' of contrastive_loss serves kind='infonce' only; use backend='auto'"):
-        em3.ops.contrastive_loss(x, x, logit_scale=2.0, logit_bias=-1.0, kind="sigmoid", backend="cpp")
+    with pytest.raises(em3.BackendError, match=r"'triton' of contrastive_loss serves kind='infonce' only; use backend='auto'"):
+        em3.ops.contrastive_loss(x, x, logit_scale=2.0, logit_bias=-1.0, kind="sigmoid", backend="triton")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_probabilities_for_their_logarithms_are_an_error(backend, dtype):
+    """One that rounding has put above 1 is none."""
+    oracle.skip_unless_served(backend, dtype)
+    x, q = torch.randn(3, 4, dtype=dtype), torch.rand(3)
+    for kind in (dict(), dict(kind="sigmoid", logit_bias=-1.0)) if backend != "triton" else (dict(),):
+        em3.ops.contrastive_loss(x, x, logit_scale=2.0, log_q=torch.full((3,), 1e-6), backend=backend, **kind)
+        with pytest.raises(ValueError, match=r"log_q: held 0\.\d+, must be at most 0"):
+            em3.ops.contrastive_loss(x, x, logit_scale=2.0, log_q=q, backend=backend, **kind)
+    with pytest.raises(ValueError, match=r"log_q: held 0\.\d+, must be at most 0"):
+        em3.ops.contrastive_metrics(x, x, logit_scale=2.0, log_q=q)
+
+
+def test_a_graph_notices_probabilities_for_their_logarithms():
+    call = torch.compile(lambda x, q: em3.ops.contrastive_loss(x, x, logit_scale=2.0, log_q=q), fullgraph=True, backend="eager")
+    with pytest.raises(ValueError, match=r"log_q: held 0\.\d+, must be at most 0"):
+        call(torch.randn(3, 4), torch.rand(3))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -415,18 +481,29 @@ def test_second_order_gradients_are_an_error_beside_a_first_order_term(backend):
 
 
 @pytest.mark.skipif(cpp.unavailable() is not None, reason=f"em3._C: {cpp.unavailable()}")
-@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
-def test_small_batch_asks_for_no_gradient_under_no_grad(grad, monkeypatch):
+def test_no_logits_are_kept_under_no_grad(monkeypatch):
     asked = []
-    whole = compiled.whole
+    whole = compiled.whole_forward
 
     def spied(*args):
         asked.append(args[-1])
         return whole(*args)
 
-    monkeypatch.setattr(compiled, "whole", spied)
+    monkeypatch.setattr(compiled, "whole_forward", spied)
     x, y, scale = (torch.nn.Parameter(t) for t in (torch.randn(4, 6), torch.randn(4, 6), torch.tensor(7.0)))
-    with torch.set_grad_enabled(grad):
-        loss = em3.ops.contrastive_loss(x, y, logit_scale=scale, backend="cpp")
-    assert loss.requires_grad == grad
-    assert asked == [[grad, grad, False, grad, False, False]]
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            assert em3.ops.contrastive_loss(x, y, logit_scale=scale, backend="cpp").requires_grad == grad
+    assert asked == [False, True]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_in_the_thousands_keep_their_digits(backend):
+    """Near 3,000 a float32 has steps of 2e-4: what loses one, between a positive and the others or on the way to the backward,
+    has lost 1e-4 of the gradient."""
+    args = make(300, 64, normalize=False)
+    args["logit_scale"] = torch.tensor(125.0).double().requires_grad_()
+    content = torch.autograd.grad(reference.contrastive_loss(**args), args["content"])[0]
+    single = oracle.convert(args, torch.float32)
+    got = torch.autograd.grad(op(backend)(**single), single["content"])[0]
+    assert oracle.relative_error(got, content, 0.0) < 2e-5

@@ -1,10 +1,13 @@
 """In-batch contrast without the ``B x B`` matrix: the compiled CPU kernel, float32.
 
-The contract of ``forward`` and ``backward`` is that of ``em3.ops._contrastive_operator``; memory beyond the outputs is a few
-tensors of the inputs' size and one tile a thread. The torch backend says when one exponential serves rows and columns.
+The contract of ``forward`` and ``backward`` is that of ``em3.ops._contrastive_operator``; memory beyond the outputs is some
+numbers a row, and a tile and the rows that it meets a thread. The torch backend says when one exponential serves rows and
+columns. ``whole_forward`` and ``whole_backward`` are the loss from the embeddings on, for ``em3.ops._contrastive_whole``.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +17,7 @@ from ..torch import contrastive_loss as tiled
 from . import unavailable
 from ._parts import empty
 
-__all__ = ["backward", "forward", "supports", "unavailable", "whole", "wins"]
+__all__ = ["backward", "forward", "supports", "unavailable", "whole_backward", "whole_forward", "wins"]
 
 
 def supports(x: Tensor, y: Tensor, scale: Tensor, item_ids: Tensor | None, offset: Tensor | None, rows: bool,
@@ -34,17 +37,18 @@ def wins(x: Tensor, y: Tensor, scale: Tensor, item_ids: Tensor | None, offset: T
     # entropies (all with normalised rows and a gradient to the scale; the full matrix is no backend):
     # V=32,  B=64: 0.94, 1.26, 0.56; 256: 1.3, 1.9, 1.4; 1024: 3.6, 8.7, 22; 2048: 9.9, 24, 102; 4096: 35, 86, 519.
     # V=128, B=64: 1.10, 1.39, 0.61; 256: 1.7, 2.2, 1.3; 512: 3.2, 4.5, 5.5; 1024: 8.9, 12, 22; 2048: 29, 42, 95;
-    # 4096: 108, 143, 522; 8192: 414, 548, 2089; 16384: 1650, 2227, 8603. Under B=256 the time went into what surrounds
-    # the kernel (which took 0.10 of the 0.94 ms at V=32, B=64); see ops/_contrastive_whole.py for what is done there now.
+    # 4096: 108, 143, 522; 8192: 414, 548, 2089; 16384: 1650, 2227, 8603. This was before what surrounds the kernel was
+    # compiled too; see ops/_contrastive_whole.py.
     return True
 
 
 def forward(x: Tensor, y: Tensor, scale: Tensor, item_ids: Tensor | None, offset: Tensor | None, rows: bool,
-            cols: bool, apart: int | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+            cols: bool, apart: int | None = None, *, bias: Tensor | None = None, kind: str = "infonce",
+            ) -> tuple[Tensor, Tensor]:  # fmt: skip
     row, col = empty(x.shape[0] if rows else 0), empty((x.shape[0] if apart is None else apart) if cols else 0)
     cpp.compiled().contrastive_loss_forward(
-        *_inputs(x, y, scale, item_ids, offset), row if rows else None, col if cols else None, torch.get_num_threads(),
-        cpp.isa, apart,
+        *_inputs(x, y, scale, bias, item_ids, offset), kind, limits(), row if rows else None, col if cols else None,
+        torch.get_num_threads(), cpp.isa, apart,
     )  # fmt: skip
     return row, col
 
@@ -52,29 +56,41 @@ def forward(x: Tensor, y: Tensor, scale: Tensor, item_ids: Tensor | None, offset
 def backward(drow: Tensor | None, dcol: Tensor | None, x: Tensor, y: Tensor, scale: Tensor, item_ids: Tensor | None,
              offset: Tensor | None, row: Tensor, col: Tensor, need: list[bool], apart: int | None = None,
              ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    def room(like: Tensor | None, wanted: bool, dtype: torch.dtype = torch.float32) -> Tensor | None:
-        return torch.empty(like.shape, dtype=dtype, device="cpu") if wanted and like is not None else None
-
     need_x, need_y, need_scale, need_offset = need
-    dx, dy, dscale, doffset = (
-        room(x, need_x), room(y, need_y), room(scale, need_scale, torch.float64), room(offset, need_offset),
-    )  # fmt: skip
+    given = (drow, dcol, x, y, scale, None, item_ids, offset, "infonce")
+    sums = (row if row.numel() else None, col if col.numel() else None)
+    dx, dy, dscale, _, doffset = gradients(*given, sums, [need_x, need_y, need_scale, False, need_offset], apart)
+    return dx, dy, dscale, doffset
+
+
+def gradients(drow: Tensor | None, dcol: Tensor | None, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None,
+              item_ids: Tensor | None, offset: Tensor | None, kind: str, sums: tuple[Tensor | None, Tensor | None],
+              need: list[bool], apart: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Of either kind: to ``x, y, scale, bias, offset``."""
+    need_x, need_y, need_scale, need_bias, need_offset = need
+    dx, dy = (_room(t, n) for t, n in ((x, need_x or need_scale), (y, need_y)))
+    dscale, dbias = (_room(t, n, torch.float64) for t, n in ((scale, need_scale), (bias, need_bias)))
+    doffset = _room(offset, need_offset)
     cpp.compiled().contrastive_loss_backward(
-        drow, dcol, *_inputs(x, y, scale, item_ids, offset), row if row.numel() else None,
-        col if col.numel() else None, dx, dy, dscale, doffset, torch.get_num_threads(), cpp.isa, apart,
+        drow, dcol, *_inputs(x, y, scale, bias, item_ids, offset), kind, limits(), *sums, dx, dy, dscale, dbias, doffset,
+        torch.get_num_threads(), cpp.isa, apart,
     )  # fmt: skip
-    return _or_empty(dx), _or_empty(dy), _or_empty(dscale), _or_empty(doffset)
+    return _or_empty(dx if need_x else None), _or_empty(dy), _or_empty(dscale), _or_empty(dbias), _or_empty(doffset)
+
+
+def _room(like: Tensor | None, wanted: bool, dtype: torch.dtype = torch.float32) -> Tensor | None:
+    return torch.empty(like.shape, dtype=dtype, device="cpu") if wanted and like is not None else None
 
 
 def _or_empty(gradient: Tensor | None) -> Tensor:
     return empty(0) if gradient is None else gradient
 
 
-def _inputs(x: Tensor, y: Tensor, scale: Tensor, item_ids: Tensor | None, offset: Tensor | None) -> tuple:
+def _inputs(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, item_ids: Tensor | None,
+            offset: Tensor | None) -> tuple:  # fmt: skip
     return (
-        *(t if t.stride(-1) == 1 else t.contiguous() for t in (x, y)), scale,
+        *(t if t.stride(-1) == 1 else t.contiguous() for t in (x, y)), scale, bias,
         None if item_ids is None else item_ids.contiguous().long(), None if offset is None else offset.contiguous(),
-        limits(),
     )  # fmt: skip
 
 
@@ -83,18 +99,46 @@ def limits() -> tuple[float, ...]:
     return tiled.TOP, tiled.LOW, tiled.LARGEST_LOGIT, tiled.LARGEST_SPREAD
 
 
-def whole(content: Tensor, ids_embedding: Tensor, negatives: Tensor | None, scale: Tensor, log_q: Tensor | None,
-          weight: Tensor | None, item_ids: Tensor | None, asked: list[bool], mean: bool, normalize: bool,
-          need: list[bool]) -> tuple[float, list[Tensor | None]]:  # fmt: skip
-    """InfoNCE of a small batch in one call: the loss and its gradients to the first six arguments, as ``need`` wants them."""
-    given = [
-        None if t is None else t.contiguous().float() for t in (content, ids_embedding, negatives, scale, log_q, weight)
+def whole_forward(inputs: list[Tensor | None], item_ids: Tensor | None, options: dict[str, Any],
+                  keep: bool) -> tuple[float, list[Tensor | None]]:  # fmt: skip
+    """The loss (0 for ``reduction="none"``), and what the backward needs: the two directions' sums ``[B]``, float64 losses
+    ``[B]`` without weights and, with ``keep``, the logits.
+
+    ``inputs`` are content, ids_embedding, negatives, logit_scale, logit_bias, log_q and weight.
+    """
+    b = inputs[0].shape[0]
+    m = b if inputs[2] is None else b + inputs[2].shape[0]
+    sums = [torch.empty(b) if options["direction"] in ("both", way) else None for way in ("content_to_id", "id_to_content")]
+    unit = cpp.compiled().KEPT_UNIT
+    kept = torch.empty(b, -(-m // unit) * unit) if keep else None
+    state = [*sums, torch.empty(b, dtype=torch.float64), kept]
+    found: float = cpp.compiled().contrastive_loss_whole_forward(
+        *_whole(inputs, item_ids, options, state), torch.get_num_threads(), cpp.isa
+    )
+    return found, state
+
+
+def whole_backward(upstream: Tensor, inputs: list[Tensor | None], item_ids: Tensor | None, options: dict[str, Any],
+                   state: list[Tensor | None], need: list[bool]) -> list[Tensor | None]:  # fmt: skip
+    """The gradients to ``inputs`` that ``need`` asks for, in float32, those to numbers in float64."""
+    number = torch.float64
+    dtypes = (torch.float32, torch.float32, torch.float32, number, number, torch.float32, torch.float32)
+    grads = [
+        torch.empty(t.numel() if t.dim() == 1 else t.shape, dtype=dtype) if n and t is not None else None
+        for t, n, dtype in zip(inputs, need, dtypes, strict=True)
     ]
-    given[3] = scale.double().view(())
-    grads = [torch.empty_like(t) if n and t is not None else None for n, t in zip(need, given, strict=True)]
-    x, y, extra, _, of_log_q, of_weight = given
-    found = cpp.compiled().contrastive_loss_whole(
-        x, y, extra, float(scale), None if item_ids is None else item_ids.contiguous().long(), of_log_q, of_weight,
-        limits(), *asked, mean, normalize, *grads, torch.get_num_threads(), cpp.isa,
+    grads[3:5] = [None if g is None else g.view(()) for g in grads[3:5]]
+    cpp.compiled().contrastive_loss_whole_backward(
+        upstream.double().contiguous(), *_whole(inputs, item_ids, options, state), *grads, torch.get_num_threads(), cpp.isa
+    )
+    return grads
+
+
+def _whole(inputs: list[Tensor | None], item_ids: Tensor | None, options: dict[str, Any], state: list[Tensor | None]) -> tuple:
+    vectors = [None if t is None else t.float().contiguous() for t in inputs]
+    content, ids, negatives, _, bias, log_q, weight = vectors
+    return (
+        content, ids, negatives, float(inputs[3]), 0.0 if bias is None else float(inputs[4]),
+        None if item_ids is None else item_ids.contiguous().long(), log_q, weight, options["kind"], options["duplicates"],
+        options["direction"], options["reduction"], options["label_smoothing"], options["normalize"], *state, limits(),
     )  # fmt: skip
-    return found, grads
