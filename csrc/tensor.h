@@ -79,7 +79,12 @@ class Tensor {
   // The same of a tensor that is one block.
   template <class T>
   T* block(const Sizes& shape) const {
-    T* const first = rows<T>(shape);
+    rows<T>(shape);
+    return static_cast<T*>(block_of_any(shape));
+  }
+
+  void* block_of_any(const Sizes& shape) const {
+    void* const first = rows_of_any(shape);
     if (std::find(shape_.begin(), shape_.end(), 0) != shape_.end()) return first;
     std::int64_t step = 1;
     for (std::size_t i = shape_.size(); i-- > 0; step *= shape_[i]) {

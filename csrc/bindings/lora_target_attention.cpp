@@ -103,7 +103,7 @@ void backward(const py::object& dout, const py::object& u, const py::object& w, 
     }
     float* const to_bias = dbias.is_none() ? nullptr : tensor(dbias, "dbias").block<float>(call.by_place);
     const BackwardStream stream{call.tokens, call.u,  nullptr, call.w, call.y, nullptr,
-                                nullptr,     to_u,    nullptr, to_w,   to_x,   to_bias};
+                                nullptr,     to_u,    nullptr, to_w,   to_x,   Storage::f32, to_bias};
     py::gil_scoped_release release;
     qformer_attention_backward(call.shape, {stream}, to_o, call.o, call.lse, threads, path);
 }

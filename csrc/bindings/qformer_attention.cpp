@@ -146,7 +146,7 @@ void qformer_forward(const py::list& u, const py::object& c, const py::list& w, 
 constexpr const char* kQformerBackward = R"(The backward of em3::qformer_attention, on float32 CPU tensors.
 
 dout as o, dmass as mass or None, and what the forward read and wrote. Writes du as u, dc as c, dw as w and dx as values,
-but contiguous. du and dc are wanted or None together; dw and dx hold None for each stream where it is not wanted.)";
+but contiguous, dx in float32, bfloat16 or float16. du and dc are wanted or None together; dw and dx hold None for each stream where it is not wanted.)";
 
 void qformer_backward(const py::object& dout, const py::object& dmass, const py::list& u, const py::object& c,
                       const py::list& w, const py::list& values, const py::list& offsets, const py::list& masks,
@@ -169,9 +169,15 @@ void qformer_backward(const py::object& dout, const py::object& dmass, const py:
     for (std::size_t m = 0; m < count; ++m) {
         const std::int64_t C = call.tokens[m].C;
         const Sizes shape = Tensor(values[m], "values").shape();
-        float* const to_x = dx[m].is_none() ? nullptr : tensor(dx[m], "dx", m).block<float>(shape);
+        void* to_x = nullptr;
+        Storage stored = Storage::f32;
+        if (!dx[m].is_none()) {
+            const Tensor given = tensor(dx[m], "dx", m);
+            to_x = given.block_of_any(shape);
+            stored = storage_of(given);
+        }
         streams.push_back({call.tokens[m], queries(m, C), bias[m], weights(m, C), read(m, C), masses[m], to_mass[m],
-                           need_u ? to_u(m, C) : nullptr, to_bias[m], dw[m].is_none() ? nullptr : to_w(m, C), to_x});
+                           need_u ? to_u(m, C) : nullptr, to_bias[m], dw[m].is_none() ? nullptr : to_w(m, C), to_x, stored});
     }
     py::gil_scoped_release release;
     qformer_attention_backward(call.shape, streams, to_o, call.o, call.lse, threads, path);

@@ -192,12 +192,13 @@ Packed pack_w(const Shape& shape, const std::vector<Stream>& streams, const Kern
 void clear_unowned(const Shape& shape, const BackwardStream& s) {
   if (s.dx == nullptr) return;
   const bool jagged = s.tokens.offsets != nullptr;
-  const int64_t C = s.tokens.C;
-  if (shape.K() == 0) std::fill(s.dx, s.dx + (jagged ? 1 : shape.B) * s.tokens.n * C, 0.0f);
+  const int64_t row = s.tokens.C * bytes_of(s.dx_storage);
+  auto* const dx = static_cast<unsigned char*>(s.dx);
+  if (shape.K() == 0) std::fill(dx, dx + (jagged ? 1 : shape.B) * s.tokens.n * row, uint8_t{0});
   if (shape.K() == 0 || !jagged) return;
   const int64_t begin = s.tokens.offsets[0], end = s.tokens.offsets[shape.B];
-  std::fill(s.dx, s.dx + begin * C, 0.0f);
-  std::fill(s.dx + end * C, s.dx + s.tokens.n * C, 0.0f);
+  std::fill(dx, dx + begin * row, uint8_t{0});
+  std::fill(dx + end * row, dx + s.tokens.n * row, uint8_t{0});
 }
 
 int part_count(const Shape& shape, int threads, int parts_per_thread) {

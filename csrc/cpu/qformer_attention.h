@@ -72,7 +72,8 @@ struct BackwardStream {
   float* du;           // [H, Bu, Q, C], null = not wanted
   float* dc;           // [H, Bu, Q], null = not wanted
   float* dw;           // [H, E, C], null = not wanted
-  float* dx;           // [B, n, C] or [n, C] (looked up: a row for each place), contiguous, null = not wanted
+  void* dx;            // [B, n, C] or [n, C] (looked up: a row for each place), contiguous, null = not wanted
+  Storage dx_storage;  // sums are float32 before they are stored
   float* dbias;        // as bias, all zeros at first; null = not wanted
 };
 

@@ -72,7 +72,10 @@ static void scatter_rows(const float* from, int64_t items, int64_t item, int64_t
 #include "token_tiles.inl"
 #include "dropout.inl"
 #include "qformer_attention_forward.inl"
+#include "qformer_attention_state.inl"
 #include "qformer_attention_backward.inl"
+#include "qformer_attention_values.inl"
+#include "qformer_attention_items.inl"
 
 // ---- what the dispatcher sees --------------------------------------------------------------------------------------
 

@@ -24,3 +24,15 @@ EM3_INLINE void store_as(Storage storage, uintptr_t row, int64_t i, V v) {
   if (storage == Storage::f16) return store_f16(reinterpret_cast<uint16_t*>(row) + i, v);
   store(reinterpret_cast<float*>(row) + i, v);
 }
+
+static void store_row(Storage storage, const float* from, int64_t C, uintptr_t row) {
+  int64_t c = 0;
+  for (; c + kVec <= C; c += kVec) store_as(storage, row, c, load(from + c));
+  if (c == C) return;
+  const int tail = static_cast<int>(C - c);
+  const int64_t size = bytes_of(storage);
+  float last[kVec];  // of either width
+  store_as(storage, reinterpret_cast<uintptr_t>(last), 0, load_part(from + c, tail));
+  auto* const to = reinterpret_cast<unsigned char*>(row) + c * size;
+  for (int64_t i = 0; i < tail * size; ++i) to[i] = reinterpret_cast<unsigned char*>(last)[i];
+}

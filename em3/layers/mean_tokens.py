@@ -48,14 +48,13 @@ def mean_tokens(streams: Any, masks: Sequence[Tensor | None] | None = None,
     for values, offsets, mask in parse(streams, masks):
         values = values.to(dtype)
         if offsets is not None:
-            length = offsets.diff()[:, None]  # [B, 1]
-            # A sum of consecutive rows: 0.2 ms for 22,608 rows of 128 on two threads, index_add 0.9, segment_reduce 5.4.
+            # Of consecutive rows: 0.2 ms for 22,608 rows of 128 on two threads, index_add 0.9, segment_reduce 5.4.
             places = torch.arange(values.shape[0], device=values.device)
-            total = F.embedding_bag(places, values, offsets, mode="sum", include_last_offset=True)
-        else:
-            real = values if mask is None else values.masked_fill(~mask[..., None], 0)
-            length = values.new_full((len(values), 1), values.shape[1]) if mask is None else mask.sum(1, keepdim=True)
-            total = real.sum(1)
-        found.append((total / length.clamp(min=1), length > 0))
+            mean = F.embedding_bag(places, values, offsets, mode="mean", include_last_offset=True)
+            found.append((mean, offsets.diff()[:, None] > 0))
+            continue
+        real = values if mask is None else values.masked_fill(~mask[..., None], 0)
+        length = values.new_full((len(values), 1), values.shape[1]) if mask is None else mask.sum(1, keepdim=True)
+        found.append((real.sum(1) / length.clamp(min=1), length > 0))
     return found
 

@@ -73,13 +73,14 @@ def taken(case: Case) -> Taken:
 
 def qformer(dtypes: tuple[torch.dtype, ...] = tuple(TYPES), *, precision: str = "ieee", aligned: bool = True,
             per_item: bool = False, tokens: str = "jagged", bank: torch.dtype | None = None,
-            rows: int = 2**31, biased: bool = False, span: int = 0) -> Iterator[Case]:  # fmt: skip
+            rows: int = 2**31, biased: bool = False, span: int = 0, dropped: bool = False) -> Iterator[Case]:  # fmt: skip
     """Every tile of the table, for every target.
 
     ``aligned``: the kernels' UNIT is 8, and the tokens begin at a multiple of 16 bytes. ``tokens`` are ``"padded"``,
     ``"masked"``, ``"jagged"`` or ``"looked up"``, in a bank that may have a dtype of its own. ``rows`` is the most that a
     tile of the forward or the queries' gradient is left with. ``biased``: there are biases. ``span``: their gradient is
-    asked for, in tiles of at most so many rows a head; only the kernel that makes it.
+    asked for, in tiles of at most so many rows a head; only the kernel that makes it. ``dropped``: with dropout, of streams
+    with value biases.
     """
     present = {"jagged": {"offsets": "*i64"}, "padded": {}, "masked": {"mask": "*u8"},
                "looked up": {"offsets": "*i64", "lookup": "*i64"}}[tokens]  # fmt: skip
@@ -91,7 +92,8 @@ def qformer(dtypes: tuple[torch.dtype, ...] = tuple(TYPES), *, precision: str = 
         if tokens == "looked up":
             types |= {"x": "*" + TYPES[bank or dtype], "dx": "*fp32"}
         types |= dict.fromkeys(["bias"] * biased + ["dbias"] * (span > 0), "*fp32")
-        kind = qformer_attention.kind(dtype, aligned, tokens == "masked", tokens == "looked up", biased)
+        types |= {"factor": "fp32"} | ({"seed": "*i64", "kept": "*fp32", "dmass": "*fp32"} if dropped else {})
+        kind = qformer_attention.kind(dtype, aligned, tokens == "masked", tokens == "looked up", biased, dropped)
         for (_, *numbers), target in itertools.product(qformer_attention._table()[name][kind], TARGETS):
             tile = qformer_attention.Config(*numbers)
             tile = tile._replace(rows=min(tile.rows, rows)) if name != "token_gradient" else tile
@@ -99,13 +101,14 @@ def qformer(dtypes: tuple[torch.dtype, ...] = tuple(TYPES), *, precision: str = 
                 ROWS=tile.rows, TOKENS=tile.tokens, WIDTH=tile.width, CHUNK=tile.chunk, UNIT=8 if aligned else 1,
                 PRECISION=precision, PER_ITEM=per_item,
             ) | dict.fromkeys({"offsets", "mask", "lookup", *["c"] * ("lookup" in present)} - set(present))  # fmt: skip
-            constants |= dict.fromkeys({"bias", "dbias"} & set(function.arg_names) - set(types))
+            optional = {"bias", "dbias", "seed", "kept", "dmass"}
+            constants |= dict.fromkeys(optional & set(function.arg_names) - set(types))
             if name == "query_gradient":
                 constants["SPAN"] = min(span, tile.rows)
             flags = [TYPES[dtype], precision, *["aligned"] * aligned, *["per_item"] * per_item, tokens]
-            flags += [*["biased"] * biased, *[f"span {span}"] * (span > 0)]
+            flags += [*["biased"] * biased, *[f"span {span}"] * (span > 0), *["dropped"] * dropped]
             flags += [] if bank is None else [f"in {TYPES[bank]}"]
-            yield Case(name, function, target, tile, types, constants, frozenset(types) - frozenset("x" * (not aligned)), SHARED, " ".join(flags))
+            yield Case(name, function, target, tile, types, constants, frozenset(types) - {"factor", *"x" * (not aligned)}, SHARED, " ".join(flags))
 
 
 def contrast(given: str = "ids offset", asked: str = "rows cols", coarse: bool = False) -> Iterator[Case]:
@@ -170,6 +173,10 @@ def cases(op: str) -> Iterator[Case]:
         yield from qformer(half, aligned=False, tokens="masked")
         yield from qformer(full, aligned=False, tokens="masked")
         yield from qformer(full, aligned=False, precision="tf32")
+        for dtypes, aligned in itertools.product((half, full), (True, False)):
+            yield from qformer(dtypes, aligned=aligned, dropped=True)
+        yield from qformer(half, tokens="masked", dropped=True)
+        yield from qformer(full, precision="tf32", dropped=True)
     if op == "lora_target_attention":
         yield from qformer(half, per_item=True, tokens="looked up")
         yield from qformer(half, per_item=True, tokens="looked up", bank=torch.float32)

@@ -15,6 +15,8 @@ import em3
 from em3.backends.triton import qformer_attention as backend
 from em3.kernels import qformer_attention as kernels
 from tests import oracle
+from tests.ops.test_dropout import dropped
+from tests.ops.test_dropout import op as dropping
 from tests.ops.test_qformer_attention import make, op, plain, shapes
 
 TILES = {
@@ -29,7 +31,7 @@ def tiles(monkeypatch):
     """Call it with a tile's name and the number of programs that a launch aims at."""
 
     def use(name: str, waves: int) -> None:
-        monkeypatch.setattr(kernels, "config", lambda kernel, stream, u: TILES[name])
+        monkeypatch.setattr(kernels, "config", lambda kernel, stream, u, dropped=False: TILES[name])
         monkeypatch.setattr(kernels, "waves", lambda device: waves)
 
     return use
@@ -56,6 +58,25 @@ def test_long_items_are_cut_into_parts(per_item, tile, dtype, tiles):
     assert [kernels._parts(stream, 2, 1, TILES[tile], torch.device("cpu")) for stream in streams] == [2, 2]
     oracle.check(op("absorb", "triton"), plain, args, dtype)
     oracle.same_bits_twice(op("absorb", "triton"), oracle.convert(args, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dropout_drops_what_every_backend_drops(dtype, tiles, seed):
+    @settings(max_examples=8 if dtype == torch.float32 else 2)
+    @given(shape=shapes(tiny=dtype == torch.float32), tile=st.sampled_from(sorted(TILES)), waves=st.sampled_from([1, 64]),
+           p=st.sampled_from([0.1, 0.5, 1.0]), salt=st.integers(0, 2**31))  # fmt: skip
+    def check(shape, tile, waves, p, salt):
+        torch.manual_seed(seed ^ salt)
+        tiles(tile, waves)
+        oracle.check(dropping("triton", p, salt), dropped(p, salt), make(**shape), dtype, salt)
+
+    check()
+
+
+def test_dropout_of_items_that_are_cut_into_parts(tiles):
+    tiles("whole", 64)
+    args = make(2, 4, 2, 8, [16, 40], [[260, 0], 130], masked=True)
+    oracle.check(dropping("triton", 0.3, 1), dropped(0.3, 1), args, torch.float32)
 
 
 def test_four_streams():

@@ -105,7 +105,7 @@ def backward(dout: Tensor, dmass: Tensor | None, u: list[Tensor], c: Tensor | No
     )  # fmt: skip
     return (
         [g.to(t.dtype) for g, t in zip(du, u, strict=True)], dc, [g.to(t.dtype) for g, t in zip(dw, w, strict=True)],
-        [g.to(x.dtype) for g, x in zip(dx, values, strict=True)],
+        dx,
     )  # fmt: skip
 
 
@@ -136,10 +136,8 @@ def _whole_backward(dout: Tensor, dmass: Tensor | None, u: list[Tensor], c: Tens
                     o: Tensor, mass: Tensor, lse: Tensor, need_u: bool, need_w: list[bool], need_values: list[bool],
                     how: How) -> tuple[list[Tensor], Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     du, dc = [_parts.empty(*x.shape) for x in u], _parts.empty(len(u), *u[0].shape[:3])
-    dw, dx = (
-        [_parts.empty(*t.shape) if n else _parts.empty(0) for t, n in zip(tensors, needs, strict=True)]
-        for tensors, needs in ((w, need_w), (values, need_values))
-    )
+    dw = [_parts.empty(*(t.shape if n else (0,))) for t, n in zip(w, need_w, strict=True)]
+    dx = [torch.empty(x.shape if n else (0,), dtype=x.dtype, device="cpu") for x, n in zip(values, need_values, strict=True)]
     if not need_u:
         for unwanted in (*du, dc):
             unwanted.zero_()

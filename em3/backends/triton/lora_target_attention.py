@@ -46,8 +46,9 @@ def wins(u: Tensor, w: Tensor, history: Tensor, offsets: Tensor | None, bank: Te
 
 def forward(u: Tensor, w: Tensor, history: Tensor, offsets: Tensor | None, bank: Tensor, bias: Tensor | None,
             pool: Pooling) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    parts, lses = kernel("qformer_attention").forward(u.contiguous(), None, _stream(history, offsets, bank, bias), u.shape[1])
-    y, lse = joined(parts, lses, u.dtype)
+    stream = _stream(history, offsets, bank, bias)
+    parts, lses, _ = kernel("qformer_attention").forward(u.contiguous(), None, stream, u.shape[1])
+    y, lse, _ = joined(parts, lses, u.dtype)
     return y, project([y], [w]), lse
 
 
