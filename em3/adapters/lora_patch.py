@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import lora_linear
 from ..ops._checks import autocast_is_on
+from ..ops.lora_linear import lora_linear
 from ._foreign import loaded, not_plain
 from ._patched import Patched, say_once, subclass
 

@@ -9,7 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..ops import qformer_attention, qformer_attention_weights
+from ..ops.qformer_attention import qformer_attention
+from ..ops.qformer_attention_weights import qformer_attention_weights
 from ._foreign import QFORMERS, qformer_classes
 from ._patched import Patched, say_once, subclass
 from .lora_patch import never_a_product, weight_of

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import _checks, lora_target_attention
+from ..ops import _checks
 from ..ops._pooling import POOLINGS
-from ..ops.lora_target_attention import parse_history
+from ..ops.lora_target_attention import lora_target_attention, parse_history
 from . import _given
 from ._buckets import doubling, positions
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..jagged import Jagged
-from ..ops import qformer_attention, qformer_attention_weights
+from ..ops.qformer_attention import qformer_attention
+from ..ops.qformer_attention_weights import qformer_attention_weights
 from . import _given
 
 

@@ -106,12 +106,13 @@ def whole_forward(inputs: list[Tensor | None], item_ids: Tensor | None, options:
 
     ``inputs`` are content, ids_embedding, negatives, logit_scale, logit_bias, log_q and weight.
     """
+    assert inputs[0] is not None
     b = inputs[0].shape[0]
     m = b if inputs[2] is None else b + inputs[2].shape[0]
-    sums = [torch.empty(b) if options["direction"] in ("both", way) else None for way in ("content_to_id", "id_to_content")]
+    sums = [empty(b) if options["direction"] in ("both", way) else None for way in ("content_to_id", "id_to_content")]
     unit = cpp.compiled().KEPT_UNIT
-    kept = torch.empty(b, -(-m // unit) * unit) if keep else None
-    state = [*sums, torch.empty(b, dtype=torch.float64), kept]
+    kept = empty(b, -(-m // unit) * unit) if keep else None
+    state = [*sums, torch.empty(b, dtype=torch.float64, device="cpu"), kept]
     found: float = cpp.compiled().contrastive_loss_whole_forward(
         *_whole(inputs, item_ids, options, state), torch.get_num_threads(), cpp.isa
     )
@@ -124,7 +125,7 @@ def whole_backward(upstream: Tensor, inputs: list[Tensor | None], item_ids: Tens
     number = torch.float64
     dtypes = (torch.float32, torch.float32, torch.float32, number, number, torch.float32, torch.float32)
     grads = [
-        torch.empty(t.numel() if t.dim() == 1 else t.shape, dtype=dtype) if n and t is not None else None
+        torch.empty(t.shape, dtype=dtype, device="cpu") if n and t is not None else None
         for t, n, dtype in zip(inputs, need, dtypes, strict=True)
     ]
     grads[3:5] = [None if g is None else g.view(()) for g in grads[3:5]]
@@ -135,10 +136,10 @@ def whole_backward(upstream: Tensor, inputs: list[Tensor | None], item_ids: Tens
 
 
 def _whole(inputs: list[Tensor | None], item_ids: Tensor | None, options: dict[str, Any], state: list[Tensor | None]) -> tuple:
-    vectors = [None if t is None else t.float().contiguous() for t in inputs]
-    content, ids, negatives, _, bias, log_q, weight = vectors
+    content, ids, negatives, _, _, log_q, weight = (None if t is None else t.float().contiguous() for t in inputs)
+    scale, bias = (0.0 if t is None else t.item() for t in inputs[3:5])
     return (
-        content, ids, negatives, float(inputs[3]), 0.0 if bias is None else float(inputs[4]),
+        content, ids, negatives, scale, bias,
         None if item_ids is None else item_ids.contiguous().long(), log_q, weight, options["kind"], options["duplicates"],
         options["direction"], options["reduction"], options["label_smoothing"], options["normalize"], *state, limits(),
     )  # fmt: skip
