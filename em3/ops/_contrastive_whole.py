@@ -39,7 +39,8 @@ def loss(content: Tensor, ids_embedding: Tensor, negatives: Tensor | None, logit
         return None
     of_probabilities(None if log_q is None else -log_q.detach())
     scale, bias = (
-        n if n is None or isinstance(n, Tensor) else torch.tensor(n, dtype=torch.float64) for n in (logit_scale, logit_bias)
+        n if n is None or isinstance(n, Tensor) else torch.tensor(n, dtype=torch.float64, device="cpu")
+        for n in (logit_scale, logit_bias)
     )
     inputs = (content, ids_embedding, negatives, scale, bias, log_q, weight)
     found: Tensor = _Whole.apply(chosen, item_ids, options, torch.is_grad_enabled(), *inputs)

@@ -326,6 +326,25 @@ def test_strides_and_same_bits(backend):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("kind", ["infonce", "sigmoid"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_every_default_dtype_and_device(kind, dtype):
+    """Memory of the compiled call is made in its own dtype, not in torch's default one."""
+    args = oracle.convert(make(30, 12, ids=9, log_q=True, weight=True, kind=kind), torch.float32) | dict(logit_scale=5.0)
+    want = oracle.run(op("cpp"), args, 0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            out = op("cpp")(**args)
+            grads = torch.autograd.grad(out, oracle.leaves(args))
+        got = oracle.run(op("cpp"), args, 0)
+    finally:
+        torch.set_default_dtype(before)
+    assert all(t.dtype == torch.float32 and t.device.type == "cpu" for t in (out, *grads))
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
 @pytest.mark.parametrize(("backend", "options"), [
     *(pytest.param(*backend.values, options, marks=backend.marks)
       for backend in BACKENDS for options in (dict(duplicates="positive"), dict(label_smoothing=0.1))),
