@@ -106,8 +106,10 @@ def whole_forward(inputs: list[Tensor | None], item_ids: Tensor | None, options:
 
     ``inputs`` are content, ids_embedding, negatives, logit_scale, logit_bias, log_q and weight.
     """
-    b = inputs[0].shape[0]
-    m = b if inputs[2] is None else b + inputs[2].shape[0]
+    content, _, negatives, *_ = inputs
+    assert content is not None
+    b = content.shape[0]
+    m = b if negatives is None else b + negatives.shape[0]
     sums = [torch.empty(b) if options["direction"] in ("both", way) else None for way in ("content_to_id", "id_to_content")]
     unit = cpp.compiled().KEPT_UNIT
     kept = torch.empty(b, -(-m // unit) * unit) if keep else None
@@ -136,9 +138,10 @@ def whole_backward(upstream: Tensor, inputs: list[Tensor | None], item_ids: Tens
 
 def _whole(inputs: list[Tensor | None], item_ids: Tensor | None, options: dict[str, Any], state: list[Tensor | None]) -> tuple:
     vectors = [None if t is None else t.float().contiguous() for t in inputs]
-    content, ids, negatives, _, bias, log_q, weight = vectors
+    content, ids, negatives, _, _, log_q, weight = vectors
+    scale, bias = (0.0 if t is None else float(t) for t in inputs[3:5])  # in double precision, as they come
     return (
-        content, ids, negatives, float(inputs[3]), 0.0 if bias is None else float(inputs[4]),
+        content, ids, negatives, scale, bias,
         None if item_ids is None else item_ids.contiguous().long(), log_q, weight, options["kind"], options["duplicates"],
         options["direction"], options["reduction"], options["label_smoothing"], options["normalize"], *state, limits(),
     )  # fmt: skip
