@@ -106,9 +106,10 @@ def whole_forward(inputs: list[Tensor | None], item_ids: Tensor | None, options:
 
     ``inputs`` are content, ids_embedding, negatives, logit_scale, logit_bias, log_q and weight.
     """
-    assert inputs[0] is not None
-    b = inputs[0].shape[0]
-    m = b if inputs[2] is None else b + inputs[2].shape[0]
+    content, _, negatives, *_ = inputs
+    assert content is not None
+    b = content.shape[0]
+    m = b if negatives is None else b + negatives.shape[0]
     sums = [empty(b) if options["direction"] in ("both", way) else None for way in ("content_to_id", "id_to_content")]
     unit = cpp.compiled().KEPT_UNIT
     kept = empty(b, -(-m // unit) * unit) if keep else None
@@ -137,7 +138,7 @@ def whole_backward(upstream: Tensor, inputs: list[Tensor | None], item_ids: Tens
 
 def _whole(inputs: list[Tensor | None], item_ids: Tensor | None, options: dict[str, Any], state: list[Tensor | None]) -> tuple:
     content, ids, negatives, _, _, log_q, weight = (None if t is None else t.float().contiguous() for t in inputs)
-    scale, bias = (0.0 if t is None else t.item() for t in inputs[3:5])
+    scale, bias = (0.0 if t is None else t.item() for t in inputs[3:5])  # in double precision, as they come
     return (
         content, ids, negatives, scale, bias,
         None if item_ids is None else item_ids.contiguous().long(), log_q, weight, options["kind"], options["duplicates"],
