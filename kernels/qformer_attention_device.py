@@ -166,10 +166,14 @@ def _score_gradient(s, dp, shift, dshift, lse, inside, seed, threshold, factor, 
     ``dshift`` is what adds to the gradient to every weight alike, ``dmass`` what does to those that are kept.
     """
     p = tl.where(inside, tl.exp2((s + shift - lse) * LOG2E), 0.0)
+    kept = p
     if seed is None:
-        return p, tl.where(inside, p * (dp + dshift), 0.0)
-    factors = _factors(seed, threshold, factor, stream, token, row)
-    return p * factors, tl.where(inside, p * (factors * (dp + dmass) + dshift), 0.0)
+        ds = tl.where(inside, p * (dp + dshift), 0.0)
+    else:
+        factors = _factors(seed, threshold, factor, stream, token, row)
+        kept = p * factors
+        ds = tl.where(inside, p * (factors * (dp + dmass) + dshift), 0.0)
+    return kept, ds
 
 
 @triton.jit

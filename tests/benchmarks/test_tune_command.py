@@ -123,11 +123,11 @@ def tuned_while_off(mine, pretended, monkeypatch):
 
     def tuned(name):
         backend = _dispatch.module("contrastive_loss", name)
-        honest, whole = backend.forward, getattr(backend, "whole", None)
+        honest, whole = backend.forward, getattr(backend, "whole_forward", None)
         with monkeypatch.context() as patch:
             patch.setattr(backend, "forward", lambda *args: tuple(t + 0.01 for t in honest(*args)))
             if whole is not None:  # which serves so small a batch
-                patch.setattr(backend, "whole", lambda *args: (whole(*args)[0] + 0.01, whole(*args)[1]))
+                patch.setattr(backend, "whole_forward", lambda *args: (whole(*args)[0] + 0.01, whole(*args)[1]))
             assert main(["tune", "contrastive_loss", "--shapes", str(mine), "--device", "cpu"]) == 0
         assert entries() == {}
 
