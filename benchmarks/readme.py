@@ -23,7 +23,7 @@ SHOWN = (("qformer_attention", "ranker"), ("qformer_attention", "clip"), ("lora_
 def numbers(head: Head, rows: Sequence[Row]) -> str:
     """The README's table: em3 against the plain formulation and the fastest other form, in time and memory."""
     lines = [
-        f"Forward and backward in float32 on {head['device']}, {head['threads']} of them used, {head['instruction_set']}:",
+        f"Forward and backward in float32 on {head['device']} (used: {head['threads']}), {head['instruction_set']}:",
         "", "| | em3 | plain PyTorch | the best other | peak memory, em3 / plain |", "|---|---|---|---|---|",
     ]  # fmt: skip
     for op, shape in SHOWN:

@@ -32,7 +32,7 @@ def results():
 
 def test_the_table():
     lines = readme.numbers(HEAD, results()).splitlines()
-    assert lines[0] == "Forward and backward in float32 on a machine, 2 threads used, avx2:"
+    assert lines[0] == "Forward and backward in float32 on a machine (used: 2), avx2:"
     assert lines[4] == "| `qformer_attention`, B=1 | 2.0 ms | out of memory | peer: 1.50x | 3 MiB / out of memory |"
     assert lines[5] == "| `qformer_attention`, B=1 | 2.0 ms | 2.50x | peer: 1.50x | 3 MiB / 7 MiB |"
     assert len(lines) == 4 + len(readme.SHOWN)
