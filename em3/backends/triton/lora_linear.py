@@ -19,7 +19,7 @@ from . import cannot_use, kernel, unavailable
 __all__ = ["backward", "forward", "supports", "unavailable", "wins"]
 
 _RANK = 128
-_MOST = 2**31 - 2**12  # rows are counted in 32 bits, and the last tile goes beyond them
+_MOST = 2**30  # rows are counted in 32 bits, and the last part goes beyond them
 
 
 def supports(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float,
