@@ -32,7 +32,9 @@ def contrastive_loss(content, ids_embedding, *, item_ids=None, duplicates="mask"
     if reduction == "none":
         return weight * loss
     total, mass = (weight * loss).sum(), weight.sum()
-    return total if reduction == "sum" or mass == 0 else total / mass
+    if reduction == "sum":
+        return total
+    return total / mass if mass else 0 * total  # a mean over nothing: no gradient either
 
 
 def contrastive_metrics(content, ids_embedding, *, item_ids=None, duplicates="mask", logit_scale, log_q=None, weight=None,
