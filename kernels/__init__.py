@@ -1,4 +1,5 @@
-"""Triton kernels and their launchers: one file an op, named as in em3/ops, with its tuning table (JSON) beside it.
+"""Triton kernels and their launchers: one file an op, named as in em3/ops, with its tuning table (JSON) beside it; ``launch.py``
+is what all of them share.
 
 The folder lies at the top of the source tree and is installed as `em3.kernels`. This module imports no
 Triton, so that `import em3` stays quick and works where Triton is missing; the files beside it do, and the backends in

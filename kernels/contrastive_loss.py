@@ -21,11 +21,7 @@ off what they add up, so large sums leave them after every tile, and small produ
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import json
 import math
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +29,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-REGISTERS = 255  # all that a thread can have; see qformer_attention.py
+from .launch import REGISTERS, cdiv, on_device, table, waves
+
 STEP = 16  # what V is a multiple of
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -315,12 +312,6 @@ def _gradient(a, a_low, a_size, b, b_low, b_size, scale, a_ids, b_ids, a_offset,
             tl.store(doffset + out, to_offset, mask=row_in)
 
 
-@functools.cache
-def _table() -> dict[str, Any]:
-    table: dict[str, Any] = json.loads(Path(__file__).with_suffix(".json").read_text())
-    return table
-
-
 def architecture(device: torch.device) -> str:
     """The part of the table for a GPU. Those of a generation's smaller chips have the shared memory of 8.6."""
     if device.type == "cuda":
@@ -332,27 +323,20 @@ def architecture(device: torch.device) -> str:
 
 def config(kernel: str, v: int, device: torch.device) -> Config:
     """The table's tile for embeddings of this width."""
-    rows = _table()[architecture(device)][kernel]
+    rows = table("contrastive_loss")[architecture(device)][kernel]
     return next(Config(*tile) for up_to, *tile in rows if up_to is None or v <= up_to)
-
-
-def waves(device: torch.device) -> int:
-    """Programs that a launch aims at: two for each multiprocessor."""
-    if device.type != "cuda":  # the interpreter
-        return 4
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def split(vectors: Tensor) -> Split:
     """float32 ``[A, C]`` for the tensor cores."""
     a, c = vectors.shape
     vectors = vectors if vectors.stride(1) == 1 else vectors.contiguous()
-    v = _cdiv(c, STEP) * STEP
+    v = cdiv(c, STEP) * STEP
     high, low = (torch.empty(a, v, dtype=torch.float16, device=vectors.device) for _ in range(2))
     size = torch.empty(a, dtype=torch.float32, device=vectors.device)
     coarse = torch.backends.cuda.matmul.allow_tf32
-    with _device(vectors):
-        _split[(_cdiv(a, SPLIT.rows),)](
+    with on_device(vectors):
+        _split[(cdiv(a, SPLIT.rows),)](
             vectors, high, None if coarse else low, size, a, c, vectors.stride(0), v, ROWS=SPLIT.rows, WIDTH=SPLIT.width,
             num_warps=SPLIT.warps, num_stages=SPLIT.stages, maxnreg=REGISTERS,
         )  # fmt: skip
@@ -365,18 +349,18 @@ def statistics(sheet: Sheet, rows: bool, cols: bool) -> tuple[Tensor, Tensor]:
     m, v = y.high.shape
     device = x.high.device
     tile = config("statistics", v, device)
-    row_blocks, col_blocks = _cdiv(b, tile.rows), _cdiv(m, tile.cols)
+    row_blocks, col_blocks = cdiv(b, tile.rows), cdiv(m, tile.cols)
     aim = waves(device)
-    splits = max(1, min(col_blocks, max(math.isqrt(aim), _cdiv(aim, max(1, row_blocks)))))
-    groups = max(1, min(row_blocks, _cdiv(aim, splits)))
-    row_share, col_share = _cdiv(row_blocks, groups), _cdiv(col_blocks, splits)  # in blocks
-    groups, splits = _cdiv(row_blocks, row_share), _cdiv(col_blocks, col_share)  # none without work
+    splits = max(1, min(col_blocks, max(math.isqrt(aim), cdiv(aim, max(1, row_blocks)))))
+    groups = max(1, min(row_blocks, cdiv(aim, splits)))
+    row_share, col_share = cdiv(row_blocks, groups), cdiv(col_blocks, splits)  # in blocks
+    groups, splits = cdiv(row_blocks, row_share), cdiv(col_blocks, col_share)  # none without work
     of_rows, of_cols = (
         torch.empty(2, parts, count, dtype=torch.float32, device=device) if asked else None
         for parts, count, asked in ((splits, b, rows), (groups, n, cols and n > 0))
     )
     if of_rows is not None or of_cols is not None:
-        with _device(x.high):
+        with on_device(x.high):
             _statistics[(groups * splits,)](
                 *x, *y, sheet.scale, row_ids, col_ids, row_offset, col_offset, of_rows, of_cols, b, n, m, v,
                 row_share * tile.rows, col_share * tile.cols, groups, splits, OWN=sheet.own, **_options(tile),
@@ -403,15 +387,15 @@ def gradient(sheet: Sheet, row: Tensor | None, col: Tensor | None, drow: Tensor 
     (a, v), m = x.high.shape, y.high.shape[0]
     device = x.high.device
     tile = config("gradient", v, device)
-    slices = _cdiv(v, tile.width)
-    blocks, col_blocks = _cdiv(a, tile.rows), _cdiv(m, tile.cols)
-    splits = max(1, min(_cdiv(waves(device), max(1, blocks * slices)), col_blocks))
-    share = _cdiv(col_blocks, splits)
-    splits = _cdiv(col_blocks, share)
+    slices = cdiv(v, tile.width)
+    blocks, col_blocks = cdiv(a, tile.rows), cdiv(m, tile.cols)
+    splits = max(1, min(cdiv(waves(device), max(1, blocks * slices)), col_blocks))
+    share = cdiv(col_blocks, splits)
+    splits = cdiv(col_blocks, share)
     sizes = ((splits, a, v), (splits, a), (splits, a))
     out = [torch.empty(size, dtype=torch.float32, device=device) if t else None for size, t in zip(sizes, need, strict=True)]
     row, col = (None if d is None or t is None else t.contiguous() for t, d in ((row, drow), (col, dcol)))
-    with _device(x.high):
+    with on_device(x.high):
         _gradient[(blocks * splits * slices,)](
             *x, *y, sheet.scale, row_ids, col_ids, row_offset, col_offset, row, col, drow, dcol, *out, a, b, m, n, v, slices,
             splits, share * tile.cols, OWN=sheet.own, **_options(tile),
@@ -425,11 +409,3 @@ def _options(tile: Config) -> dict[str, Any]:
         ROWS=tile.rows, COLS=tile.cols, WIDTH=tile.width, CHUNK=tile.chunk, num_warps=tile.warps, num_stages=tile.stages,
         maxnreg=REGISTERS,
     )  # fmt: skip
-
-
-def _device(tensor: Tensor) -> Any:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)

@@ -20,10 +20,6 @@ which keeps 22 bits of it, and multiplied with the other side, which TF32 holds 
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-REGISTERS = 255  # all that a thread can have; see qformer_attention.py
+from .launch import REGISTERS, cdiv, on_device, precision, table, waves
+
 MAX_GROUPS = 1024  # adapters whose bounds are looked at in one step
 
 
@@ -259,15 +256,9 @@ def _add_up(sums, out, bounds, T, C, G, size, slices,
         _put(out, adapter, rank, col, C, total, R, TURNED)
 
 
-@functools.cache
-def _table() -> dict[str, Any]:
-    table: dict[str, Any] = json.loads(Path(__file__).with_suffix(".json").read_text())
-    return table
-
-
 def config(kernel: str, dtype: torch.dtype, r: int, even: bool) -> Config:
     """The table's tile for adapters of this rank."""
-    rows = _table()[kernel][("float32" if dtype == torch.float32 else "half") + ("" if even else ", odd")]
+    rows = table("lora_linear")[kernel][("float32" if dtype == torch.float32 else "half") + ("" if even else ", odd")]
     return next(Config(*tile) for up_to, *tile in rows if r <= up_to)
 
 
@@ -280,18 +271,6 @@ def fitted(tile: Config, t: int, g: int, device: torch.device) -> Config:
     """Lower tiles where there are few rows for each adapter, or for each multiprocessor."""
     mean = t // max(g, waves(device) // 2)
     return tile._replace(rows=min(tile.rows, max(16, 1 << max(0, mean.bit_length() - 1))))
-
-
-def waves(device: torch.device) -> int:
-    """Programs that a launch aims at: two for each multiprocessor."""
-    if device.type != "cuda":  # the interpreter
-        return 4
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def precision() -> str:
-    """Of float32 products."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def by_adapter(adapter: Tensor | None, offsets: Tensor | None, t: int, g: int) -> Rows:
@@ -319,7 +298,7 @@ def low_rank(x: Tensor, factors: tuple[Tensor, Tensor], y: Tensor | None, rows: 
     low = torch.empty(t, r, dtype=torch.float32, device=x.device) if keep else None
     tiles = _parts(rows, t, g, tile.rows, 0)
     if tiles:
-        with _device(x):
+        with on_device(x):
             _low_rank[(tiles,)](
                 x, a, b, y, low, *rows, *scaling, *_drawn(mask), t, c, d, g, x.stride(0), TURNED=behind, BEHIND=behind,
                 PRECISION=precision(), ROWS=tile.rows, **_options(tile, r, g),
@@ -332,13 +311,13 @@ def collect(low: Tensor, x: Tensor, rows: Rows, like: Tensor, mask: Mask | None,
     t, c = x.shape
     g, r = like.shape[0], low.shape[1]
     tile = config("collect", x.dtype, r, even(x))
-    slices = _cdiv(c, tile.width)
+    slices = cdiv(c, tile.width)
     # Parts as long as leaves two waves of programs with rows, and no shorter than two tiles.
-    size = tile.rows * max(2, _cdiv(t * slices, waves(x.device) * tile.rows))
+    size = tile.rows * max(2, cdiv(t * slices, waves(x.device) * tile.rows))
     out = torch.empty_like(like, memory_format=torch.contiguous_format)
     # An adapter with several parts has more rows than `size`, and so at most twice as many parts as rows / size.
-    sums = torch.empty(_cdiv(2 * t, size), r, c, dtype=torch.float32, device=x.device)
-    with _device(x):
+    sums = torch.empty(cdiv(2 * t, size), r, c, dtype=torch.float32, device=x.device)
+    with on_device(x):
         _collect[(_parts(rows, t, g, size, 1) * slices,)](
             low, x, out, sums, *rows, *_drawn(mask), t, c, g, x.stride(0), size, slices, TURNED=turned, PRECISION=precision(),
             ROWS=tile.rows, **_options(tile, r, g),
@@ -365,17 +344,9 @@ def groups(g: int) -> int:
 def _parts(rows: Rows, t: int, g: int, size: int, least: int) -> int:
     """The most parts that there can be."""
     if rows.bounds is None:
-        return max(least, _cdiv(t, size))
+        return max(least, cdiv(t, size))
     return t // size + (g if least else min(g, t))
 
 
 def _drawn(mask: Mask | None) -> tuple[Tensor | None, float, int]:
     return (None, 1.0, 0) if mask is None else (mask.seed, mask.factor, mask.threshold)
-
-
-def _device(tensor: Tensor) -> Any:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)

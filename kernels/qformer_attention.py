@@ -17,19 +17,13 @@ knows that it may load 16 bytes at a time, and needs no address for every elemen
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .launch import REGISTERS, cdiv, on_device, precision, table, waves
 from .qformer_attention_device import _forward, _query_gradient, _token_gradient, _zero_behind
-
-# All that a thread can have: where the assembler chooses, it may spill a few for the sake of more programs at a time.
-REGISTERS = 255
 
 
 class Stream(NamedTuple):
@@ -70,17 +64,11 @@ class Config(NamedTuple):
     stages: int
 
 
-@functools.cache
-def _table() -> dict[str, Any]:
-    table: dict[str, Any] = json.loads(Path(__file__).with_suffix(".json").read_text())
-    return table
-
-
 def config(kernel: str, stream: Stream, u: Tensor, dropped: bool = False) -> Config:
     """The table's tile for these tokens and queries."""
     values = stream.values
     masked, looked_up, biased = (t is not None for t in (stream.mask, stream.lookup, stream.bias))
-    rows = _table()[kernel][kind(u.dtype, unit(values) > 1, masked, looked_up, biased, dropped)]
+    rows = table("qformer_attention")[kernel][kind(u.dtype, unit(values) > 1, masked, looked_up, biased, dropped)]
     return next(Config(*tile) for up_to, *tile in rows if up_to is None or values.shape[-1] <= up_to)
 
 
@@ -112,18 +100,6 @@ def unit(values: Tensor) -> int:
     return 8 if even else 1
 
 
-def waves(device: torch.device) -> int:
-    """Programs that a launch aims at: two for each multiprocessor."""
-    if device.type != "cuda":  # the interpreter
-        return 4
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def precision() -> str:
-    """Of float32 products; the half types are multiplied as they are and summed in float32."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
 def forward(u: Tensor, c: Tensor | None, stream: Stream, batch: int,
             drop: Drop | None = None) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """What each row reads of one stream, under a softmax over each of P parts of an item's tokens.
@@ -134,7 +110,7 @@ def forward(u: Tensor, c: Tensor | None, stream: Stream, batch: int,
     """
     h, _, q, width = u.shape
     tile = fitted(config("forward", stream, u, drop is not None), stream, u)
-    groups, slices = _cdiv(h * q, tile.rows), _cdiv(width, tile.width)
+    groups, slices = cdiv(h * q, tile.rows), cdiv(width, tile.width)
     parts = _parts(stream, batch, groups * slices * batch, tile, u.device)
     y = torch.empty(parts, h, batch, q, width, dtype=u.dtype if parts == 1 else torch.float32, device=u.device)
     lse = torch.empty(parts, h, batch, q, dtype=torch.float32, device=u.device)
@@ -158,14 +134,14 @@ def query_gradient(u: Tensor, c: Tensor | None, stream: Stream, dy: Tensor, dshi
     batch = lse.shape[1]
     tile = fitted(config("query_gradient", stream, u, drop is not None), stream, u)
     span = min(tile.rows, max(1, 1 << (q - 1).bit_length())) if need_bias else 0
-    pieces = _cdiv(q, span) if need_bias else 1
-    groups = pieces * _cdiv(h, tile.rows // span) if need_bias else _cdiv(h * q, tile.rows)
-    slices = _cdiv(width, tile.width)
+    pieces = cdiv(q, span) if need_bias else 1
+    groups = pieces * cdiv(h, tile.rows // span) if need_bias else cdiv(h * q, tile.rows)
+    slices = cdiv(width, tile.width)
     parts = _parts(stream, batch, groups * slices * batch, tile, u.device)
     per_item, units = own == batch, 1
     if not per_item:  # a program sums over so many parts of items that about one wave of programs is left
-        units = max(1, _cdiv(batch * parts * groups * slices, waves(u.device)))
-    programs = _cdiv(batch * parts, units)
+        units = max(1, cdiv(batch * parts * groups * slices, waves(u.device)))
+    programs = cdiv(batch * parts, units)
     sums = (parts if per_item else programs, h, own, q)
     dtype = u.dtype if sums[0] == 1 else torch.float32
     du = torch.empty(*sums, width, dtype=dtype, device=u.device)
@@ -190,8 +166,8 @@ def token_gradient(u: Tensor, c: Tensor | None, stream: Stream, dy: Tensor, dshi
     """
     values, batch = stream.values, lse.shape[1]
     tile = config("token_gradient", stream, u, drop is not None)
-    slices = _cdiv(u.shape[-1], tile.width)
-    parts = max(1, _cdiv(_mean_tokens(stream, batch), tile.tokens))
+    slices = cdiv(u.shape[-1], tile.width)
+    parts = max(1, cdiv(_mean_tokens(stream, batch), tile.tokens))
     dtype = values.dtype if stream.lookup is None else torch.float32
     dx = torch.empty(*stream.places, values.shape[-1], dtype=dtype, device=values.device)
     if dx.numel() and batch:
@@ -199,7 +175,7 @@ def token_gradient(u: Tensor, c: Tensor | None, stream: Stream, dy: Tensor, dshi
         _launch(_token_gradient, slices * parts * batch, u, c, stream, drop, tensors, batch, (slices, parts), tile)
     if dx.numel() and stream.offsets is not None:
         programs = waves(values.device)
-        with _device(values):
+        with on_device(values):
             _zero_behind[(programs,)](dx, stream.offsets, batch, *dx.shape, programs, BLOCK=1024)
     return dx
 
@@ -211,7 +187,7 @@ def _launch(kernel: Any, programs: int, u: Tensor, c: Tensor | None, stream: Str
     values, offsets, mask, lookup, bias = stream
     h, own, q, width = u.shape
     one = unit(values)
-    with _device(u):
+    with on_device(u):
         kernel[(programs,)](
             u, c, values, offsets, None if mask is None else mask.view(torch.uint8), lookup, bias,
             *((None, 0, 0.0, 0) if drop is None else drop), *tensors, batch,
@@ -221,23 +197,15 @@ def _launch(kernel: Any, programs: int, u: Tensor, c: Tensor | None, stream: Str
         )  # fmt: skip
 
 
-def _device(tensor: Tensor) -> Any:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
 def _parts(stream: Stream, batch: int, programs: int, tile: Config, device: torch.device) -> int:
     """Into how many parts to cut each item's tokens: as many as keep the chip busy, none shorter than four tiles.
 
     A jagged stream is judged by its mean: looking at the lengths would wait for the device.
     """
-    wanted = _cdiv(waves(device), max(1, programs))
+    wanted = cdiv(waves(device), max(1, programs))
     return max(1, min(wanted, _mean_tokens(stream, batch) // (4 * tile.tokens)))
 
 
 def _mean_tokens(stream: Stream, batch: int) -> int:
     tokens = stream.places[-1]
-    return tokens if stream.offsets is None else _cdiv(tokens, max(1, batch))
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
+    return tokens if stream.offsets is None else cdiv(tokens, max(1, batch))

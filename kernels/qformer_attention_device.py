@@ -13,17 +13,23 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _span(offsets, item, part, parts, tokens, TOKENS: tl.constexpr):
-    """Row of the item's first token, and which of its tokens are this part's. Offsets are not trusted."""
-    begin = tl.zeros((), tl.int64)
+def _span(x, offsets, lookup, item, part, parts, tokens, x_item, x_token, TOKENS: tl.constexpr):
+    """An item's tokens: behind which address (all of the bank's, looked up), the number of the first place, and which of them
+    are this part's. Offsets are not trusted."""
+    base = x
+    at = tl.cast(item, tl.int64) * tokens
     length = tokens
     if offsets is not None:
-        begin = tl.minimum(tl.maximum(tl.load(offsets + item).to(tl.int64), 0), tokens)
+        at = tl.minimum(tl.maximum(tl.load(offsets + item).to(tl.int64), 0), tokens)
         end = tl.minimum(tl.load(offsets + item + 1).to(tl.int64), tokens)
-        length = tl.maximum(end - begin, 0).to(tl.int32)
+        length = tl.maximum(end - at, 0).to(tl.int32)
+        if lookup is None:
+            base = x + at * x_token
+    elif lookup is None:
+        base = x + tl.cast(item, tl.int64) * x_item
     share = tl.cdiv(tl.cdiv(length, TOKENS), parts) * TOKENS
     first = tl.minimum(part * share, length)
-    return begin, first, tl.minimum(first + share, length)
+    return base, at, first, tl.minimum(first + share, length)
 
 
 @triton.jit
@@ -112,11 +118,7 @@ def _forward(u, c, x, offsets, mask, lookup, bias, seed, threshold, factor, stre
     col = lane * WIDTH + tl.arange(0, WIDTH)
     step = tl.arange(0, TOKENS)
 
-    begin, first, last = _span(offsets, item, part, parts, tokens, TOKENS)
-    at = begin if offsets is not None else item.to(tl.int64) * tokens
-    base = x
-    if lookup is None:
-        base = x + (begin * x_token if offsets is not None else item.to(tl.int64) * x_item)
+    base, at, first, last = _span(x, offsets, lookup, item, part, parts, tokens, x_item, x_token, TOKENS)
     if CHUNK == WIDTH:
         rows = _tile(u, u_row, C, col, row_in, C)
     shift = tl.zeros((ROWS,), tl.float32)
@@ -242,11 +244,7 @@ def _query_gradient(u, c, x, offsets, mask, lookup, bias, seed, threshold, facto
     for unit in range(program * units, tl.minimum((program + 1) * units, batch * parts)):
         item = unit // parts
         item_row = ((r // Q).to(tl.int64) * batch + item) * Q + r % Q
-        begin, first, last = _span(offsets, item, unit % parts, parts, tokens, TOKENS)
-        at = begin if offsets is not None else tl.cast(item, tl.int64) * tokens
-        base = x
-        if lookup is None:
-            base = x + (begin * x_token if offsets is not None else tl.cast(item, tl.int64) * x_item)
+        base, at, first, last = _span(x, offsets, lookup, item, unit % parts, parts, tokens, x_item, x_token, TOKENS)
         level = tl.load(lse + item_row, mask=row_in, other=0.0)
         less = tl.load(dshift + item_row, mask=row_in, other=0.0)
         more = tl.zeros((ROWS,), tl.float32)
@@ -293,11 +291,7 @@ def _token_gradient(u, c, x, offsets, mask, lookup, bias, seed, threshold, facto
     item = pid // slices // parts
     col = lane * WIDTH + tl.arange(0, WIDTH)
     step = tl.arange(0, TOKENS)
-    begin, first, last = _span(offsets, item, part, parts, tokens, TOKENS)
-    at = begin if offsets is not None else item.to(tl.int64) * tokens
-    base = x
-    if lookup is None:
-        base = x + (begin * x_token if offsets is not None else item.to(tl.int64) * x_item)
+    base, at, first, last = _span(x, offsets, lookup, item, part, parts, tokens, x_item, x_token, TOKENS)
     for t in range(first, last, TOKENS):
         inside = _present(mask, at, t + step, last)
         here, place, inside = _placed(base, lookup, bank, at, t, step, x_token, inside)

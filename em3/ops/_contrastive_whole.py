@@ -52,7 +52,7 @@ def _chosen(content: Tensor, negatives: Tensor | None, item_ids: Tensor | None, 
     """By the widened embeddings, of which only the kind and the size are looked at."""
     b, v = content.shape
     m = b if negatives is None else b + negatives.shape[0]
-    x = content.detach() if content.dtype == torch.float32 else torch.empty(b, v)
+    x = content.detach() if content.dtype == torch.float32 else content.new_empty(b, v, dtype=torch.float32)
     args = (x, x if m == b else x.new_empty(m, v), x, item_ids, None, True, True)
     if options["kind"] == "sigmoid":
         return _contrastive_sigmoid.served(backend, *args)

@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from em3.kernels import contrastive_loss, lora_linear, qformer_attention
+from em3.kernels.launch import REGISTERS, table
 
 TARGETS = (80, 90, 100)
 # Bytes of shared memory for a program. What is for all GPUs must fit in those of compute capability 8.6, 8.9 and 12.0.
@@ -62,7 +63,7 @@ def taken(case: Case) -> Taken:
         case.function, signature, {(names.index(n),): value for n, value in case.constants.items()},
         {(names.index(n),): [["tt.divisibility", 16]] for n, type_ in signature.items() if n in case.even and type_ != "constexpr"},
     )  # fmt: skip
-    options = dict(num_warps=case.tile.warps, num_stages=case.tile.stages, maxnreg=qformer_attention.REGISTERS)
+    options = dict(num_warps=case.tile.warps, num_stages=case.tile.stages, maxnreg=REGISTERS)
     done = triton.compile(source, target=GPUTarget("cuda", case.target, 32), options=options)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     cubin = Path(done.metadata_group[next(name for name in done.metadata_group if name.endswith(".cubin"))])
@@ -94,7 +95,7 @@ def qformer(dtypes: tuple[torch.dtype, ...] = tuple(TYPES), *, precision: str = 
         types |= dict.fromkeys(["bias"] * biased + ["dbias"] * (span > 0), "*fp32")
         types |= {"factor": "fp32"} | ({"seed": "*i64", "kept": "*fp32", "dmass": "*fp32"} if dropped else {})
         kind = qformer_attention.kind(dtype, aligned, tokens == "masked", tokens == "looked up", biased, dropped)
-        for (_, *numbers), target in itertools.product(qformer_attention._table()[name][kind], TARGETS):
+        for (_, *numbers), target in itertools.product(table("qformer_attention")[name][kind], TARGETS):
             tile = qformer_attention.Config(*numbers)
             tile = tile._replace(rows=min(tile.rows, rows)) if name != "token_gradient" else tile
             constants = dict(
@@ -123,7 +124,7 @@ def contrast(given: str = "ids offset", asked: str = "rows cols", coarse: bool =
         absent |= {n for n in names for what in ("ids", "offset") if n.endswith(what) and what not in given}
         absent |= {n for way, words in (("rows", ("rows", "a_lse", "a_grad")), ("cols", ("cols", "b_lse", "b_grad")))
                    for n in words if n in names and way not in asked}  # fmt: skip
-        for _, *numbers in contrastive_loss._table()[f"sm_{target}"][name]:
+        for _, *numbers in table("contrastive_loss")[f"sm_{target}"][name]:
             tile = contrastive_loss.Config(*numbers)
             constants = dict(ROWS=tile.rows, COLS=tile.cols, WIDTH=tile.width, CHUNK=tile.chunk, OWN=True) | dict.fromkeys(absent)
             yield Case(name, function, target, tile, types | loose | {"scale": "*fp64"}, constants, frozenset(types) | {"V"},

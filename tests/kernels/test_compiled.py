@@ -22,9 +22,9 @@ CASES = [
 ]  # fmt: skip
 TABLES = [
     *(pytest.param(compiled.qformer_attention, name, rows, id=f"{name}, {kind}")
-      for name, kinds in compiled.qformer_attention._table().items() if name in compiled.QFORMER for kind, rows in kinds.items()),
+      for name, kinds in compiled.table("qformer_attention").items() if name in compiled.QFORMER for kind, rows in kinds.items()),
     *(pytest.param(compiled.contrastive_loss, name, rows, id=f"{name}, sm_{target}")
-      for target in compiled.TARGETS for name, rows in compiled.contrastive_loss._table()[f"sm_{target}"].items()),
+      for target in compiled.TARGETS for name, rows in compiled.table("contrastive_loss")[f"sm_{target}"].items()),
 ]  # fmt: skip
 
 
@@ -51,9 +51,9 @@ def test_the_tables_serve_every_width(module, kernel, rows):
         assert tile.chunk >= 16
 
 
-@pytest.mark.parametrize(("kernel", "kind"), [(k, kind) for k, kinds in compiled.lora_linear._table().items() if k in compiled.ADAPTERS for kind in kinds])
+@pytest.mark.parametrize(("kernel", "kind"), [(k, kind) for k, kinds in compiled.table("lora_linear").items() if k in compiled.ADAPTERS for kind in kinds])
 def test_the_tiles_of_adapters_serve_every_rank(kernel, kind):
-    rows = compiled.lora_linear._table()[kernel][kind]
+    rows = compiled.table("lora_linear")[kernel][kind]
     ranks = [up_to for up_to, *_ in rows]
     assert ranks == sorted(ranks)
     assert ranks[-1] == lora_linear._RANK

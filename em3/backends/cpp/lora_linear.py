@@ -19,7 +19,6 @@ from . import _parts, unavailable
 __all__ = ["backward", "forward", "supports", "unavailable", "wins"]
 
 
-
 def supports(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float,
              scalings: Tensor | None, adapter: Tensor | None, offsets: Tensor | None,
              drop: Dropout | None = None) -> str | None:  # fmt: skip
@@ -60,18 +59,13 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora
 def backward(dy: Tensor, x: Tensor | None, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float,
              scalings: Tensor | None, adapter: Tensor | None, offsets: Tensor | None, drop: Dropout | None,
              need: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    need_x, need_weight, need_bias, need_a, need_b = need
+    need_x, need_weight, _, need_a, need_b = need
     merges = plain.merges(dy, weight, lora_a, drop, plain.enough(weight))
     if merges and need_weight:  # from which the adapter's gradient follows, without another pass over the rows
         return plain.backward(dy, x, weight, lora_a, lora_b, scaling, scalings, adapter, offsets, drop, need)
-    dx, dweight, dbias, da, db = (dy.new_empty(0) for _ in range(5))
-    if need_x:
-        dx = dy @ (plain.merged(weight, lora_a, lora_b, scaling) if merges else weight)  # [T, C]
-    if need_weight:
-        assert x is not None
-        dweight = dy.t() @ x  # [D, C]
-    if need_bias:
-        dbias = dy.sum(0)
+    met = plain.merged(weight, lora_a, lora_b, scaling) if merges and need_x else weight
+    dx, dweight, dbias = plain.of_layer(dy, x, met, need)
+    da, db = (dy.new_empty(0) for _ in range(2))
     if need_a:
         da = _parts.empty(*lora_a.shape)
     if need_b:

@@ -14,7 +14,7 @@ No Python loop over adapters, and nothing waits for the device. On the CPU the s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -63,29 +63,24 @@ def backward(dy: Tensor, x: Tensor | None, weight: Tensor, lora_a: Tensor, lora_
              scalings: Tensor | None, adapter: Tensor | None, offsets: Tensor | None, drop: Dropout | None, need: list[bool],
              ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients to x, weight, bias, lora_a and lora_b where needed, an empty tensor for the others."""
-    need_x, need_weight, need_bias, need_a, need_b = need
+    need_x, need_weight, _, need_a, need_b = need
     a, b = _factors(lora_a, lora_b, scaling, scalings)
     merging = merges(dy, weight, lora_a, drop, MERGE_ROWS)
     rows = _rows(a, adapter, offsets, dy)
-    dx, dweight, dbias, da, db, dlow = (dy.new_empty(0) for _ in range(6))
+    da, db, dlow = (dy.new_empty(0) for _ in range(3))
     if x is None:
         x = dy.new_empty(0)  # only dx or dbias is needed, and they do without
-    if need_weight:
-        dweight = dy.t() @ x  # [D, C]
+    dx, dweight, dbias = of_layer(dy, x, merged(weight, lora_a, lora_b, scaling) if merging and need_x else weight, need)
     # With the weight's gradient at hand the adapter's follow from it, without another pass over the rows.
     thin = not (merging and need_weight)
     if (need_x and not merging) or (need_a and thin):
         dlow = rows.shrink(dy, b)  # [T, R]
-    if need_x:
-        dx = dy @ (merged(weight, lora_a, lora_b, scaling) if merging else weight)  # [T, C]
-        if not merging and drop is None:
-            rows.expand_(dx, dlow, a)
-        elif not merging:
-            low_rank = dlow.new_zeros(dx.shape)
-            rows.expand_(low_rank, dlow, a)
-            dx += _dropped(low_rank, drop)
-    if need_bias:
-        dbias = dy.sum(0)
+    if need_x and not merging and drop is None:
+        rows.expand_(dx, dlow, a)
+    elif need_x and not merging:
+        low_rank = dlow.new_zeros(dx.shape)
+        rows.expand_(low_rank, dlow, a)
+        dx += _dropped(low_rank, drop)
     if need_a or need_b:
         x = _dropped(x, drop)
     if need_a:
@@ -94,6 +89,20 @@ def backward(dy: Tensor, x: Tensor | None, weight: Tensor, lora_a: Tensor, lora_
         db = rows.collect(rows.shrink(x, a), dy) if thin else a @ dweight.t()  # [R, D] or [G, R, D]
         db = db.mul_(_of_adapters(scaling, scalings, db.dtype)).transpose(-1, -2).to(lora_b.dtype).contiguous()
     return dx, dweight, dbias, da, db
+
+
+def of_layer(dy: Tensor, x: Tensor | None, weight: Tensor, need: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of a linear layer without adapters to x, weight and bias where needed, an empty tensor for the others."""
+    need_x, need_weight, need_bias, *_ = need
+    dx, dweight, dbias = (dy.new_empty(0) for _ in range(3))
+    if need_x:
+        dx = dy @ weight  # [T, C]
+    if need_weight:
+        assert x is not None
+        dweight = dy.t() @ x  # [D, C]
+    if need_bias:
+        dbias = dy.sum(0)
+    return dx, dweight, dbias
 
 
 def _factors(lora_a: Tensor, lora_b: Tensor, scaling: float, scalings: Tensor | None) -> tuple[Tensor, Tensor]:
