@@ -21,6 +21,7 @@ from tests.ops import test_contrastive_loss as contrast
 from tests.ops import test_dropout as dropout
 from tests.ops import test_lora_linear as linear
 from tests.ops import test_lora_target_attention as target
+from tests.ops.test_lora_target_pooling import pooled
 from tests.ops.test_qformer_attention import as_streams, make, op
 
 pytestmark = pytest.mark.skipif(cpp.unavailable() is not None, reason=f"em3._C: {cpp.unavailable()}")
@@ -127,7 +128,7 @@ def test_every_instruction_set_reads_the_bank(forced_isa):
     for heads, m, c in ((4, None, 64), (7, 1, 37), (3, 5, 37), (4, 75, 16)):
         made = target.make(7, heads, 8, c, 50, LENGTHS[0], m=m, holes=True)
         oracle.check(target.op("absorb", "cpp"), target.plain, made, torch.float32)
-        oracle.check(*target.pooled("din", None, "cpp"), made, torch.float32)
+        oracle.check(*pooled("din", None, "cpp"), made, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", oracle.HALF, ids=str)
@@ -343,7 +344,7 @@ def test_long_histories_are_cut_into_parts(batch, frozen, m, threads, monkeypatc
     for lengths in (40, [3, 0, 50][:batch], [50, 9, 0][:batch]):
         made = target.make(batch, 2, 8, 16, 20, lengths, m=m, holes=True, bank_grad=not frozen, biases=1)
         for pooling in ("softmax", "din"):
-            call, truth = target.pooled(pooling, None, "cpp")
+            call, truth = pooled(pooling, None, "cpp")
             oracle.check(call, truth, made, torch.float32)
             oracle.same_bits_twice(call, oracle.convert(made, torch.float32))
     assert max(cut) == -(-6 // batch)
