@@ -167,6 +167,15 @@ def autocast_is_on(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
+def eager_on_cpu(weights: Sequence[Tensor | None], values: Sequence[Tensor]) -> bool:
+    """Whether a call is an eager one of plain tensors on the CPU, the queries and weights in float32."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    given = [t for t in weights if t is not None]
+    plain = all(type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu for t in (*given, *values))
+    return plain and all(t.dtype == torch.float32 for t in given) and not autocast_is_on(values[0].device)
+
+
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """Inside an operator the dtypes are settled: autocast must not round a backend's float32 sums."""
     return torch.autocast(device.type, enabled=False) if autocast_is_on(device) else contextlib.nullcontext()

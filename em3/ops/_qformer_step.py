@@ -17,15 +17,6 @@ from ..jagged import Stream
 from . import _checks, _qformer_operator
 
 
-def serves(weights: Sequence[Tensor | None], values: Sequence[Tensor]) -> bool:
-    """Whether a call is an eager one of plain tensors on the CPU, the queries and weights in float32."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    given = [t for t in weights if t is not None]
-    plain = all(type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu for t in (*given, *values))
-    return plain and all(t.dtype == torch.float32 for t in given) and not _checks.autocast_is_on(values[0].device)
-
-
 def attend(q: Tensor, streams: Sequence[Stream], w_k: Sequence[Tensor], w_v: Sequence[Tensor], b_k: Sequence[Tensor | None],
            b_v: Sequence[Tensor | None], batch: int, seed: Tensor | None, dropout: float, backend: str) -> Tensor:  # fmt: skip
     """The queries of each head, scaled, ``[1 or B, Q, H, E]`` -> what they have read, ``[B, Q, D]``."""

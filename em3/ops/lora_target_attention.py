@@ -1,4 +1,4 @@
-"""``lora_target_attention``: a target reads a long, LoRA-adapted history. Public function, cost model, operator."""
+"""``lora_target_attention``: a target reads a long, LoRA-adapted history. Public function, cost model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..jagged import split_jagged
 from ..tuning import decide, gradients, layout
-from . import _checks, _dispatch, _projected
+from . import _checks, _dispatch, _lora_target_step, _projected
+from ._lora_target_operator import score_dtype
 from ._pooling import POOLINGS, SOFTMAX, Pooling
 from .lora_linear import lora_linear
 
@@ -97,7 +98,6 @@ def lora_target_attention(target: Tensor, history: Any, bank: Tensor, w_q: Tenso
     request = _dispatch.requested(backend)
     targets = target if target.dim() == 3 else target[:, None]  # [B, M, D]
     m, d = targets.shape[1:]
-    q = F.linear(targets, w_q).view(batch, m, num_heads, d // num_heads) * (d // num_heads) ** -0.5
     if strategy == "auto":
         strategy = cheaper(ids.numel(), batch, bank, m, num_heads, d) if request in ("auto", "torch") else "absorb"
         if request == "auto":
@@ -106,11 +106,16 @@ def lora_target_attention(target: Tensor, history: Any, bank: Tensor, w_q: Tenso
             strategy = decide("lora_target_attention.strategy", target, kind, dims, strategy)
     if strategy == "project":
         _dispatch.serves_projection("lora_target_attention", request)
-        out = _projected_form(q, ids, offsets, bank, w_k, w_v, lora_k, lora_v, bias)
+        out = F.linear(_projected_form(_queries(targets, w_q, num_heads), ids, offsets, bank, w_k, w_v, lora_k, lora_v, bias), w_o)
     else:
-        out = _absorbed_form(q, ids, offsets, bank, w_k, w_v, lora_k, lora_v, bias, pool, request)
-    out = F.linear(out, w_o)
+        out = _absorbed_form(targets, ids, offsets, bank, w_q, w_k, w_v, w_o, lora_k, lora_v, num_heads, bias, pool, request)
     return out if target.dim() == 3 else out[:, 0]
+
+
+def _queries(targets: Tensor, w_q: Tensor, num_heads: int) -> Tensor:
+    """``[B, M, H, E]``, scaled."""
+    batch, m, d = targets.shape
+    return F.linear(targets, w_q).view(batch, m, num_heads, d // num_heads) * (d // num_heads) ** -0.5
 
 
 def cheaper(tokens: int, batch: int, bank: Tensor, m: int, h: int, d: int) -> str:
@@ -129,14 +134,17 @@ def cheaper(tokens: int, batch: int, bank: Tensor, m: int, h: int, d: int) -> st
     return "absorb" if absorb <= project else "project"
 
 
-def _absorbed_form(q: Tensor, ids: Tensor, offsets: Tensor | None, bank: Tensor, w_k: Tensor, w_v: Tensor,
-                   lora_k: Lora | None, lora_v: Lora | None, bias: Tensor | None, pool: Pooling,
+def _absorbed_form(targets: Tensor, ids: Tensor, offsets: Tensor | None, bank: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor,
+                   w_o: Tensor, lora_k: Lora | None, lora_v: Lora | None, num_heads: int, bias: Tensor | None, pool: Pooling,
                    request: str) -> Tensor:  # fmt: skip
+    w_k, lora_k = _merged(w_k, lora_k)
+    w_v, lora_v = _merged(w_v, lora_v)
+    if _checks.eager_on_cpu([targets, w_q, w_k, w_v, w_o], [bank, *([] if bias is None else [bias])]):
+        return _lora_target_step.attend(targets, ids, offsets, bank, w_q, w_k, w_v, w_o, num_heads, bias, pool, request)
+    q = _queries(targets, w_q, num_heads)
     batch, m, h, e = q.shape
     c = bank.shape[1]
     rows = q.permute(2, 0, 1, 3).reshape(h, batch * m, e)  # [H, B * M, E]
-    w_k, lora_k = _merged(w_k, lora_k)
-    w_v, lora_v = _merged(w_v, lora_v)
     u = torch.bmm(rows, w_k.view(h, e, c))  # [H, B * M, C]
     if lora_k is not None:
         a, b, scaling = lora_k
@@ -151,7 +159,7 @@ def _absorbed_form(q: Tensor, ids: Tensor, offsets: Tensor | None, bank: Tensor,
         _, b, scaling = lora_v
         low = out[..., e:].flatten(1, 2)  # [H, B * M, R]
         out = torch.baddbmm(out[..., :e].flatten(1, 2), low, b.view(h, e, b.shape[1]).transpose(1, 2), alpha=scaling)
-    return out.view(h, batch, m, e).permute(1, 2, 0, 3).reshape(batch, m, h * e)
+    return F.linear(out.view(h, batch, m, e).permute(1, 2, 0, 3).reshape(batch, m, h * e), w_o)
 
 
 def _merged(weight: Tensor, lora: Lora | None) -> tuple[Tensor, Lora | None]:
@@ -244,15 +252,10 @@ def _bias(biases: Biases | None, ids: Tensor, num_heads: int, target: Tensor) ->
         named = {f"biases[{i}][0] (table)": table, f"biases[{i}][1] (buckets)": buckets}
         _checks.same_device("target", target, named)
         rows = torch.ops.em3.bias_rows(buckets.long(), table.shape[1], f"biases[{i}][1] (buckets)")
-        wide = F.pad(table.to(_wide(target.dtype)), (0, 1)).t()  # [buckets + 1, H], zeros for no bias
+        wide = F.pad(table.to(score_dtype(target.dtype)), (0, 1)).t()  # [buckets + 1, H], zeros for no bias
         added = wide.index_select(0, rows.reshape(-1)).view(*ids.shape, num_heads)
         bias = added if bias is None else bias + added
     return bias
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """In which scores are computed."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _parse_lora(lora: Any, name: str) -> Lora | None:
@@ -284,115 +287,3 @@ def _check(target: Tensor, ids: Tensor, offsets: Tensor | None, bank: Tensor, ba
             named |= {f"{name}[0] (A)": lora[0], f"{name}[1] (B)": lora[1]}
     _checks.same_device_and_dtype("target", target, named)
     _checks.same_device("target", target, {"bank": bank, "history": ids, "history.offsets": offsets})
-
-
-# The registered operator is the part between the target's projection and the last one: for the row r = (h, m) of a user,
-#   s[r, t] = u[r] . bank[history[t]] + bias[t, h];  p = softmax_t s;  y[r] = sum_t p bank[history[t]];  o[r] = w_h y[r];
-#   lse[r] = logsumexp_t s. y and lse are outputs for the backward to read. Other poolings than softmax: see _pooling.
-# bias is [B, N, H] or [T, H] as history is [B, N] or [T], in the dtype of scores.
-torch.library.define(
-    "em3::lora_target_attention",
-    "(Tensor u, Tensor w, Tensor history, Tensor? offsets, Tensor bank, Tensor? bias, str pooling, int top_k, str backend)"
-    " -> (Tensor y, Tensor o, Tensor lse)",
-)
-torch.library.define(
-    "em3::lora_target_attention_backward",
-    "(Tensor dout, Tensor u, Tensor w, Tensor history, Tensor? offsets, Tensor bank, Tensor? bias, str pooling, int top_k,"
-    " Tensor y, Tensor o, Tensor lse, bool need_u, bool need_w, bool need_bank, bool need_bias, str backend)"
-    " -> (Tensor du, Tensor dw, Tensor dbank, Tensor dbias)",
-)
-torch.library.define("em3::bank_rows", "(Tensor history, SymInt rows) -> (Tensor rows, Tensor present)")
-torch.library.define("em3::bias_rows", "(Tensor buckets, SymInt count, str name) -> Tensor")
-
-
-@torch.library.impl("em3::lora_target_attention", "default")
-def _forward(u, w, history, offsets, bank, bias, pooling, top_k, backend):
-    _check_content(history, offsets, bank)
-    args = (u, w, history, offsets, bank, bias, Pooling(pooling, top_k))
-    with _checks.no_autocast(u.device):
-        return _dispatch.choose("lora_target_attention", backend, args, _about(*args)).forward(*args)
-
-
-@torch.library.impl("em3::lora_target_attention_backward", "default")
-def _backward(dout, u, w, history, offsets, bank, bias, pooling, top_k, y, o, lse, need_u, need_w, need_bank, need_bias,
-              backend):  # fmt: skip
-    _check_content(history, offsets, bank)
-    args = (u, w, history, offsets, bank, bias, Pooling(pooling, top_k))
-    chosen = _dispatch.choose("lora_target_attention", backend, args, _about(*args))
-    with _checks.no_autocast(u.device):
-        return chosen.backward(dout, *args, y, o, lse, need_u, need_w, need_bank, need_bias)
-
-
-def _about(u, w, history, offsets, bank, bias, pool):
-    """What the choice of a backend depends on. Not on gradients: an operator's forward does not know who wants them."""
-    h, batch, m, _ = u.shape
-    kind = layout(bank, offsets, u) + ("" if bias is None else " biased") + ("" if pool == SOFTMAX else f" {pool.kind}")
-    return u, kind, (history.numel(), batch, *bank.shape, m, h, w.shape[1])
-
-
-def _check_content(history, offsets, bank):
-    """In the backward again: the user's index tensors may have been written to in between."""
-    _checks.index_content(history, -1, bank.shape[0], "history", "row of the bank")
-    if offsets is not None:
-        _checks.offsets_content(offsets, history.shape[0], "history.offsets")
-
-
-@torch.library.impl("em3::bank_rows", "default")
-def _bank_rows(history, rows):
-    """Row numbers that are safe to read in a bank of ``rows`` and one more, which stands for none; and which are real."""
-    _checks.index_content(history, -1, rows, "history", "row of the bank")
-    present = (history >= 0) & (history < rows)
-    return history.masked_fill(~present, rows), present
-
-
-@torch.library.impl("em3::bias_rows", "default")
-def _bias_rows(buckets, count, name):
-    """Buckets that are safe to read in a table of ``count`` and one more, which stands for none."""
-    _checks.index_content(buckets, -1, count, name, "bucket")
-    return buckets.masked_fill((buckets < 0) | (buckets >= count), count)
-
-
-@torch.library.register_fake("em3::lora_target_attention")
-def _forward_fake(u, w, history, offsets, bank, bias, pooling, top_k, backend):
-    return u.new_empty(u.shape), u.new_empty(*u.shape[:3], w.shape[1]), u.new_empty(u.shape[:3], dtype=_wide(u.dtype))
-
-
-@torch.library.register_fake("em3::lora_target_attention_backward")
-def _backward_fake(dout, u, w, history, offsets, bank, bias, pooling, top_k, y, o, lse, need_u, need_w, need_bank,
-                   need_bias, backend):  # fmt: skip
-    given = ((w, need_w), (bank, need_bank), (bias if need_bias else u, need_bias))
-    return u.new_empty(u.shape), *(t.new_empty(t.shape if n else (0,)) for t, n in given)
-
-
-@torch.library.register_fake("em3::bank_rows")
-def _bank_rows_fake(history, rows):
-    return torch.empty_like(history), torch.empty_like(history, dtype=torch.bool)
-
-
-@torch.library.register_fake("em3::bias_rows")
-def _bias_rows_fake(buckets, count, name):
-    return torch.empty_like(buckets)
-
-
-def _setup_context(ctx, inputs, output):
-    u, w, history, offsets, bank, bias, ctx.pooling, ctx.top_k, ctx.backend = inputs
-    y, o, lse = output
-    ctx.mark_non_differentiable(y, lse)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(u, w, history, offsets, bank, bias, y, o, lse)
-
-
-def _autograd(ctx, _, dout, __):
-    need_u, need_w, _, _, need_bank, need_bias, *_ = ctx.needs_input_grad
-    if dout is None:
-        return (None,) * 9
-    *args, y, o, lse = ctx.saved_tensors
-    du, dw, dbank, dbias = torch.ops.em3.lora_target_attention_backward(
-        dout.contiguous(), *args, ctx.pooling, ctx.top_k, y, o, lse, need_u, need_w, need_bank, need_bias, ctx.backend
-    )
-    return (du if need_u else None, dw if need_w else None, None, None, dbank if need_bank else None,
-            dbias if need_bias else None, None, None, None)  # fmt: skip
-
-
-torch.library.register_autograd("em3::lora_target_attention", _autograd, setup_context=_setup_context)
-_checks.no_second_order("lora_target_attention")
