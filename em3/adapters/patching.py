@@ -48,6 +48,7 @@ def patch(model: nn.Module) -> dict[str, str]:
     Raises:
         ValueError: if there is nothing in ``model`` that can be patched, saying what was looked for and what was found.
     """
+    _check(model)
     done: dict[str, str] = {}
     left: list[str] = []
     for name, module in model.named_modules():
@@ -75,9 +76,15 @@ def unpatch(model: nn.Module) -> dict[str, str]:
     Returns:
         The operation that served each of them, by name; empty if there was none.
     """
+    _check(model)
     done: dict[str, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, Patched):
             done[name] = module.em3_op
             module.__class__ = module.em3_class
     return done
+
+
+def _check(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: was {type(model).__name__}, must be a torch.nn.Module")

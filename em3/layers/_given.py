@@ -39,6 +39,11 @@ def probability(name: str, value: Any) -> None:
         raise ValueError(f"{name}: was {value!r}, must be a probability from 0 to 1")
 
 
+def number(name: str, value: Any) -> None:
+    if not isinstance(value, (int, float)):
+        raise ValueError(f"{name}: was {value!r}, must be a number")
+
+
 def choices(strategy: str, backend: str | None) -> None:
     _checks.one_of(strategy, STRATEGIES, "strategy")
     if backend is not None:

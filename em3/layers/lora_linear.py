@@ -59,6 +59,7 @@ class LoRALinear(nn.Module):
         _given.size("rank", rank)
         if num_adapters is not None:
             _given.size("num_adapters", num_adapters)
+        _given.number("alpha", alpha)
         _given.probability("dropout", dropout)
         _given.choices("auto", backend)
         self.rank, self.alpha, self.num_adapters, self.use_rslora = rank, alpha, num_adapters, use_rslora

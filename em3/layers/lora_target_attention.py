@@ -46,6 +46,8 @@ class LoRATargetAttention(nn.Module):
         _given.heads(num_heads, dim)
         for name, count in dict(rank=rank, position_buckets=position_buckets, time_buckets=time_buckets).items():
             _given.size(name, count, least=0)
+        if alpha is not None:
+            _given.number("alpha", alpha)
         _given.choices(strategy, backend)
         _checks.one_of(pooling, POOLINGS, "pooling")
         if pooling != "softmax" and strategy == "project":

@@ -13,7 +13,7 @@ from .mlp import mlp
 class DCNv2(nn.Module):
     """Deep & Cross Network V2, parallel form, on user and item ID, the mean of the history, and dense features.
 
-    The crosses take dense features in as one more field, projected to the width of an ID: at their full width (385 beside
+    The crosses take dense features in as one more field, projected to the width of an ID: at their full width (321 beside
     96 of IDs, in EM3 as configured by default) the crosses alone would cost several times the ID-only ranker.
 
     Args: as :class:`em3.models.DIN`, and ``num_crosses``, the cross layers.

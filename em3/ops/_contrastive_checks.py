@@ -54,8 +54,8 @@ def process_group(group: Any) -> None:
 
 def kind_options(kind: str, logit_bias: float | Tensor | None, label_smoothing: float) -> None:
     _checks.one_of(kind, terms.KINDS, "kind")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing: was {label_smoothing}, must be from 0 to 1")
+    if not isinstance(label_smoothing, (int, float)) or not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing: was {label_smoothing!r}, must be from 0 to 1")
     if kind == "sigmoid" and label_smoothing:
         raise ValueError(
             f"label_smoothing: was {label_smoothing} with kind='sigmoid', whose pairs have no other classes to share with; "

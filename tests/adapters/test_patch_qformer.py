@@ -238,6 +238,9 @@ def test_layers_that_are_more_than_a_product(calls, seed):
 def test_nothing_to_patch(seed):
     with pytest.raises(ValueError, match=r"^model: was Linear, must hold the cross-attention .*; it holds none$"):
         em3.patch(torch.nn.Linear(2, 2))
+    for change in (em3.patch, em3.unpatch):
+        with pytest.raises(ValueError, match=r"^model: was NoneType, must be a torch.nn.Module$"):
+            change(None)
     model = qformer("Blip2", layers=1)
     attention = model.encoder.layer[0].crossattention.attention
     attention.key = torch.nn.Sequential(attention.key)
