@@ -70,7 +70,7 @@ def slow_extra(model: EM3, target: Tensor, history: list[int], bank: Tensor) -> 
     if history:
         mean = x.mean(0) if model.adapt is None else model.adapt(x.mean(0))
     count = torch.tensor([max(len(history), 1)]).double().log()
-    return torch.cat([target, interest, target * interest, (target - read).abs(), mean, target * mean, count])
+    return torch.cat([target, interest, target * interest, (target - read).abs(), target * mean, count])
 
 
 def slow_logits(case: Case, batch: Batch, from_bank: bool) -> Tensor:
