@@ -35,12 +35,12 @@ def heads(num_heads: Any, dim: Any, name: str = "dim") -> None:
 
 
 def probability(name: str, value: Any) -> None:
-    if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+    if not _checks.is_number(value) or not 0 <= value <= 1:
         raise ValueError(f"{name}: was {value!r}, must be a probability from 0 to 1")
 
 
 def number(name: str, value: Any) -> None:
-    if not isinstance(value, (int, float)):
+    if not _checks.is_number(value):
         raise ValueError(f"{name}: was {value!r}, must be a number")
 
 

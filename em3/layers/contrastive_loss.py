@@ -53,6 +53,9 @@ class ContentIDContrastiveLoss(nn.Module):
         _checks.one_of(reduction, check.REDUCTIONS, "reduction")
         _given.choices("auto", backend)
         init_logit_scale = INIT_LOGIT_SCALE[kind] if init_logit_scale is None else init_logit_scale
+        numbers = dict(init_logit_scale=init_logit_scale, max_logit_scale=max_logit_scale, init_logit_bias=init_logit_bias)
+        for name, value in numbers.items():
+            _given.number(name, value)
         if not 0 < init_logit_scale <= max_logit_scale:
             raise ValueError(
                 f"init_logit_scale: was {init_logit_scale}, must be above 0 and at most max_logit_scale {max_logit_scale}"
@@ -73,7 +76,9 @@ class ContentIDContrastiveLoss(nn.Module):
     @property
     def logit_scale(self) -> Tensor:
         """The factor of the similarities, without dimensions."""
-        return self.log_scale.exp().clamp(max=self.max_logit_scale)
+        # Not behind the exponential: that of a parameter at its maximum may be rounded to a little more, and a clamp there
+        # would leave it without a gradient.
+        return self.log_scale.clamp(max=math.log(self.max_logit_scale)).exp()
 
     def forward(self, content: Tensor, ids_embedding: Tensor, *, item_ids: Tensor | None = None,
                 log_q: Tensor | None = None, weight: Tensor | None = None, negatives: Tensor | None = None,

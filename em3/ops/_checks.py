@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
+from numbers import Real
 from typing import Any, NoReturn
 
 import torch
@@ -37,6 +38,11 @@ def debug_checks() -> Iterator[None]:
         yield
     finally:
         _debug.on = before
+
+
+def is_number(given: Any) -> bool:
+    """Python's or numpy's, and no truth value."""
+    return isinstance(given, Real) and not isinstance(given, bool)
 
 
 def tensor(given: Any, name: str, must: str = "") -> None:
@@ -136,6 +142,15 @@ def index_content(index: Tensor, low: int, count: int, name: str, of: str) -> No
         raise ValueError(f"{name}: held {was}, must be from {low}{missing} to {count - 1}, the last {of}")
 
 
+def outside_transforms(op: str) -> None:
+    """The operators have no rules for ``torch.func``, which would complain of their inside."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"em3.ops.{op} cannot be called under transforms of torch.func (grad, vmap, jvp), for which it has no rules; take "
+            f"gradients by torch.autograd, or call em3.reference.{op}"
+        )
+
+
 def no_second_order(op: str) -> None:
     """Make a gradient of the gradients of ``em3::op`` an error; without this it would be zero, silently."""
 
@@ -169,7 +184,7 @@ def autocast_is_on(device: torch.device) -> bool:
 
 def eager_on_cpu(weights: Sequence[Tensor | None], values: Sequence[Tensor]) -> bool:
     """Whether a call is an eager one of plain tensors on the CPU, the queries and weights in float32."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
         return False
     given = [t for t in weights if t is not None]
     plain = all(type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu for t in (*given, *values))

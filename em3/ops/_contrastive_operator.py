@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..tuning import About
 from . import _checks, _dispatch
+from . import _contrastive_checks as check
 
 torch.library.define(
     "em3::contrastive_loss",
@@ -33,24 +34,9 @@ torch.library.define(
 )
 
 
-ROUNDING = 1e-4  # that a probability of 1 may have before its logarithm is taken
-
-
-def of_probabilities(offset: Tensor | None) -> None:
-    """Whether offsets, which are ``-log_q``, come from logarithms of probabilities and not from probabilities: on the CPU,
-    and elsewhere under ``em3.debug_checks()``, for looking waits for the device."""
-    if offset is None or not _checks.looks(offset):
-        return
-    most = -float(offset.min())
-    if most > ROUNDING:
-        raise ValueError(
-            f"log_q: held {most:.4g}, must be at most 0, the logarithm of a probability (q.log() of probabilities q)"
-        )
-
-
 @torch.library.impl("em3::contrastive_loss", "default")
 def _forward(x, y, scale, item_ids, offset, rows, cols, backend):
-    of_probabilities(offset)
+    check.log_probabilities(offset)
     args = (x, y, scale, item_ids, offset, rows, cols)
     with _checks.no_autocast(x.device):
         return _dispatch.choose("contrastive_loss", backend, args, about(x, y, item_ids)).forward(*args)

@@ -1,8 +1,8 @@
 """The registered operators ``em3::contrastive_ranks`` and ``..._ring``: how many candidates are above each positive.
 
-The arguments are those of ``em3::contrastive_loss`` and its ring; ``of_row [B]`` and ``of_col [B]`` are the positives' logits,
-None for a direction that is not asked for. The results are counts in float64, a candidate with the same logit is half a
-one; empty where not asked for. They have no gradient.
+The arguments are those of ``em3::contrastive_loss`` and its ring; ``of_row [B, 2]`` and ``of_col [B, 2]`` are the least
+and the largest logit that is taken for the positive's, None for a direction that is not asked for. The results are counts in
+float64, a candidate between them is half a one; empty where not asked for. They have no gradient.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..backends.torch import contrastive_ranks as tiled
 from . import _checks
-from ._contrastive_operator import of_probabilities
+from . import _contrastive_checks as check
 from ._contrastive_ring import Blocks
 from ._ring import Exchange, Ring, arrived
 
@@ -30,14 +30,14 @@ torch.library.define(
 
 @torch.library.impl("em3::contrastive_ranks", "default")
 def _ranks(x, y, scale, item_ids, offset, of_row, of_col):
-    of_probabilities(offset)
+    check.log_probabilities(offset)
     with _checks.no_autocast(x.device):
         return tiled.forward(x, y, scale, item_ids, offset, of_row, of_col)
 
 
 @torch.library.impl("em3::contrastive_ranks_ring", "default")
 def _ranks_ring(x, y, scale, item_ids, offset, of_row, of_col, sizes, group):
-    of_probabilities(offset)
+    check.log_probabilities(offset)
     ring, blocks = Ring(group), Blocks(x, y, item_ids, offset, sizes)
     row = x.new_zeros(0 if of_row is None else x.shape[0], dtype=torch.float64)
     passed: list[Tensor] | Exchange | None = None

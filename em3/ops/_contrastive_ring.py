@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from . import _checks
+from . import _contrastive_checks as check
 from ._contrastive_kinds import chosen
-from ._contrastive_operator import of_probabilities
 from ._ring import Exchange, Ring, arrived
 
 # sizes [W, 3]: of each rank B, K and V.
@@ -65,7 +65,7 @@ def _behind(of_rows: Tensor | None, of_cols: Tensor | None, b: int) -> Tensor | 
 
 @torch.library.impl("em3::contrastive_loss_ring", "default")
 def _forward(x, y, scale, bias, item_ids, offset, sizes, rows, cols, kind, backend, group):
-    of_probabilities(offset)
+    check.log_probabilities(offset)
     ring, blocks = Ring(group), Blocks(x, y, item_ids, offset, sizes)
     kernel = chosen(kind, backend, x, y, scale, item_ids, offset, rows, cols)
     row = x.new_full((x.shape[0] if rows else 0,), kernel.nothing, dtype=torch.float64)

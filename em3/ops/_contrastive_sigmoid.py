@@ -22,7 +22,7 @@ from torch import Tensor
 from ..backends.cpp import contrastive_sigmoid as compiled
 from ..backends.torch import contrastive_sigmoid as tiled
 from . import _checks, _dispatch
-from ._contrastive_operator import of_probabilities
+from . import _contrastive_checks as check
 
 torch.library.define(
     "em3::contrastive_sigmoid",
@@ -57,7 +57,7 @@ def served(backend: str, x: Tensor, y: Tensor, scale: Tensor, item_ids: Tensor |
 
 @torch.library.impl("em3::contrastive_sigmoid", "default")
 def _forward(x, y, scale, bias, item_ids, offset, rows, cols, positive, backend):
-    of_probabilities(offset)
+    check.log_probabilities(offset)
     chosen = served(backend, x, y, scale, item_ids, offset, rows, cols)
     with _checks.no_autocast(x.device):
         return chosen.forward(x, y, scale, bias, item_ids, offset, rows, cols, positive)

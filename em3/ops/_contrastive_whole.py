@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, _contrastive_sigmoid, _dispatch
-from ._contrastive_operator import of_probabilities
+from . import _contrastive_checks as check
 
 # The logits are kept for the backward where there are at most so many candidates for each column of the embeddings: a
 # quarter of the arithmetic for at most the memory of the embeddings.
@@ -37,7 +37,7 @@ def loss(content: Tensor, ids_embedding: Tensor, negatives: Tensor | None, logit
     chosen = _chosen(content, negatives, item_ids, options, backend)
     if not hasattr(chosen, "whole_forward"):
         return None
-    of_probabilities(None if log_q is None else -log_q.detach())
+    check.log_probabilities(None if log_q is None else -log_q.detach())
     scale, bias = (
         n if n is None or isinstance(n, Tensor) else torch.tensor(n, dtype=torch.float64, device="cpu")
         for n in (logit_scale, logit_bias)

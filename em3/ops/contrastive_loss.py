@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -116,18 +117,22 @@ def contrastive_loss(content: Tensor, ids_embedding: Tensor, *, item_ids: Tensor
     1512.00567, section 7), sigmoid (SigLIP, arXiv 2303.15343, section 3.2; with log_q: Gutmann and Hyvarinen,
     "Noise-Contrastive Estimation", 2010). EM3's task: arXiv 2404.06078.
     """
+    _checks.outside_transforms("contrastive_loss")
+    check.embeddings(content, ids_embedding, negatives)
     dtype = content.dtype
     if _checks.autocast_is_on(content.device):
         # A bf16 logit near 100 is off by 0.25: nothing is cast down here, half inputs are cast up.
         content, ids_embedding, negatives = (widened(t, content) for t in (content, ids_embedding, negatives))
         dtype = content.dtype
     check.tensors(content, ids_embedding, item_ids, logit_scale, logit_bias, log_q, weight, negatives)
-    check.options(item_ids is not None, negatives is not None, duplicates, direction)
+    check.options(item_ids is not None, negatives is not None, duplicates, direction, normalize)
     check.kind_options(kind, logit_bias, label_smoothing)
     _checks.one_of(reduction, check.REDUCTIONS, "reduction")
     request = _dispatch.requested(backend)
     options = dict(duplicates=duplicates, kind=kind, label_smoothing=label_smoothing, direction=direction,
                    reduction=reduction, normalize=normalize)  # fmt: skip
+    if group is None:
+        check.weights(weight)
     if group is None and whole.serves(content, request):
         found = whole.loss(
             content, ids_embedding, negatives, logit_scale, logit_bias, item_ids, log_q, weight, options, request
@@ -141,7 +146,7 @@ def contrastive_loss(content: Tensor, ids_embedding: Tensor, *, item_ids: Tensor
     weight = widened(weight, content)
     scope: Scope = Alone(content.shape[0])
     if group is not None:
-        batch, scope = shared(group, batch, weight, options)
+        batch, scope = shared(group, batch, weight, options | plain(logit_scale=logit_scale, logit_bias=logit_bias))
     loss = terms.losses(batch, scope, request)
     return terms.reduced(loss, weight, reduction, scope).to(dtype)
 
@@ -165,6 +170,11 @@ def _number(given: float | Tensor, like: Tensor) -> Tensor:
     return like.new_full((), given, dtype=torch.float64)
 
 
+def plain(**numbers: float | Tensor | None) -> dict[str, Any]:
+    """What ranks can compare of them before they meet: that one is a tensor, not its content."""
+    return {name: "a tensor" if isinstance(number, Tensor) else number for name, number in numbers.items()}
+
+
 def shared(group: Any, batch: terms.Batch, weight: Tensor | None, options: dict[str, Any]) -> tuple[terms.Batch, Shared]:
     """The batch among those of all ranks; ranks whose calls would not meet in the ring are told so before it begins."""
     check.process_group(group)
@@ -181,6 +191,12 @@ def shared(group: Any, batch: terms.Batch, weight: Tensor | None, options: dict[
         words.append(f"{name} with{'' if gradient else 'out'} a gradient")
     b, v = batch.x.shape
     extra = 0 if batch.extra is None else batch.extra.shape[0]
+    wrong = check.refused(batch.offset, weight)
+    words.append(f"log_q and weight with values that are {'allowed' if wrong is None else 'refused'}")
+    if wrong is not None:
+        with contextlib.suppress(ValueError):
+            torch.ops.em3.ring_sizes(batch.x, [b, extra, v], words, group.group_name)
+        raise wrong
     sizes = torch.ops.em3.ring_sizes(batch.x, [b, extra, v], words, group.group_name)
     return batch, Shared(sizes, group.group_name)
 

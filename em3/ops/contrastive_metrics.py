@@ -10,7 +10,8 @@ from torch import Tensor
 from . import _checks
 from . import _contrastive_checks as check
 from ._contrastive_scope import Alone, Scope
-from .contrastive_loss import prepared, shared, widened
+from ._contrastive_terms import Batch
+from .contrastive_loss import plain, prepared, shared, widened
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -34,8 +35,8 @@ def contrastive_metrics(content: Tensor, ids_embedding: Tensor, *, item_ids: Ten
     is first if there are neither, so that embeddings which have all become the same score 0 and not 1. Other rows of the
     row's item are no candidates, unless they are negatives of the loss (``duplicates="keep"``). Both numbers are means
     over the rows by ``weight``, 0 where its sum is 0, and averages of the two directions under ``"both"``. They hold for
-    both kinds of the loss: a bias moves no rank. Logits are compared as they are computed, in float32 (float64 for
-    float64), so that candidates which differ by its rounding may come in either order.
+    both kinds of the loss: a bias moves no rank. Logits are computed in float32 (float64 for float64), and equal are those
+    that its rounding could not tell from the positive's, ``4 sqrt(V)`` units of the product of the row's lengths.
 
     It is a function of its own so that a step which asks for no metrics pays nothing. Called, it makes the logits once
     more, tile by tile, as much arithmetic as the loss's forward: call it every so many steps.
@@ -51,21 +52,25 @@ def contrastive_metrics(content: Tensor, ids_embedding: Tensor, *, item_ids: Ten
     Raises:
         ValueError, RuntimeError: as :func:`em3.ops.contrastive_loss`.
     """
+    _checks.outside_transforms("contrastive_metrics")
+    check.embeddings(content, ids_embedding, negatives)
     if _checks.autocast_is_on(content.device):
         content, ids_embedding, negatives = (widened(t, content) for t in (content, ids_embedding, negatives))
     check.tensors(content, ids_embedding, item_ids, logit_scale, None, log_q, weight, negatives)
-    check.options(item_ids is not None, negatives is not None, duplicates, direction)
+    check.options(item_ids is not None, negatives is not None, duplicates, direction, normalize)
     batch = prepared(
         content, ids_embedding, item_ids, logit_scale, None, log_q, negatives, duplicates, direction, "infonce", 0.0,
         normalize,
     )  # fmt: skip
     weight = widened(weight, content)
     scope: Scope = Alone(content.shape[0])
-    if group is not None:
+    if group is None:
+        check.weights(weight)
+    else:
         options = dict(duplicates=duplicates, direction=direction, normalize=normalize, metrics=True)
+        options |= plain(logit_scale=logit_scale)
         batch, scope = shared(group, batch, weight, options)
-    # In the precision of the logits that it is compared with.
-    positive = batch._replace(duplicates="mask").positive().to(batch.x.dtype)
+    positive = _between(batch)
     found = scope.above(
         batch.x, batch.candidates, batch.scale, None if duplicates == "keep" else batch.item_ids, batch.offset,
         *(positive if asked else None for asked in batch.asked),
@@ -76,3 +81,12 @@ def contrastive_metrics(content: Tensor, ids_embedding: Tensor, *, item_ids: Ten
     first, ranks, mass = scope.total((means * weight).sum(1)).unbind()
     mass = torch.where(mass == 0, torch.inf, mass)
     return ContrastiveMetrics(first / mass, ranks / mass)
+
+
+def _between(batch: Batch) -> Tensor:
+    """``[B, 2]``: the least and the largest logit that rounding could make of the positive's."""
+    exact = batch._replace(duplicates="mask").positive()
+    lengths = [torch.linalg.vector_norm(rows, dim=-1).double() for rows in (batch.x, batch.y)]
+    product = 4 * batch.x.shape[1] ** 0.5 * batch.scale.abs() * lengths[0] * lengths[1]
+    off = torch.finfo(batch.x.dtype).eps * (product if batch.log_q is None else product - 4 * batch.log_q)
+    return torch.stack([exact - off, exact + off], 1).to(batch.x.dtype)

@@ -54,6 +54,7 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, section 4.1; dropout
     where PEFT has it.
     """
+    _checks.outside_transforms("lora_linear")
     _checks.tensor(x, "x", " [..., C]")
     x, weight, bias, lora_a, lora_b = _checks.autocast(x, weight, bias, lora_a, lora_b, device=x.device)
     _check(x, weight, bias, lora_a, lora_b)

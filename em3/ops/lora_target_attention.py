@@ -78,6 +78,7 @@ def lora_target_attention(target: Tensor, history: Any, bank: Tensor, w_q: Tenso
     adapted by LoRA (Hu et al., arXiv 2106.09685) as in EM3 (arXiv 2404.06078); the k best of a long history as in SIM
     (Pi et al., arXiv 2006.05639).
     """
+    _checks.outside_transforms("lora_target_attention")
     _checks.tensor(target, "target", " [B, D] or [B, M, D]")
     _checks.tensor(bank, "bank", " [n, C]; of a ContentBank give its rows")
     ids, offsets, batch = parse_history(history)

@@ -67,6 +67,7 @@ def qformer_attention(query: Tensor, streams: Any, w_q: Tensor | None, w_k: Sequ
     Source: cross-attention of the Q-Former (Li et al., "BLIP-2", arXiv 2301.12597, section 3.1), used as the
     Fusion-Q-Former by EM3 (arXiv 2404.06078).
     """
+    _checks.outside_transforms("qformer_attention")
     _checks.tensor(query, "query", " [Q, D] or [B, Q, D]")
     parsed = parse(streams, masks)
     wk, wv = per_stream(w_k, "w_k", len(parsed)), per_stream(w_v, "w_v", len(parsed))

@@ -181,3 +181,22 @@ def test_tokens_of_another_dtype_beside_their_mean(dtype, seed):
     want = layer(streams)
     got = layer([streams[0].to(dtype), em3.Jagged(streams[1].values().to(dtype), streams[1].offsets())])
     torch.testing.assert_close(got, want)
+
+
+SMALL = torch.ones(2, 4)
+LINEAR, FEW = em3.LoRALinear(4, 4, 2), em3.QFormerAttention([4], 4, num_heads=1)
+TARGETED = em3.LoRATargetAttention(4, 4, num_heads=1)
+CALLS = {
+    "contrastive_loss": lambda x: em3.ops.contrastive_loss(x, SMALL, logit_scale=2.0),
+    "contrastive_metrics": lambda x: em3.ops.contrastive_metrics(x, SMALL, logit_scale=2.0).mean_rank,
+    "lora_linear": lambda x: LINEAR(x).sum(),
+    "qformer_attention": lambda x: FEW(x, [SMALL[None]]).sum(),
+    "lora_target_attention": lambda x: TARGETED(x, torch.zeros(2, 3).long(), SMALL).sum(),
+}
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_transforms_of_torch_func_are_refused(op):
+    for transformed in (torch.func.grad(CALLS[op]), lambda x: torch.func.vmap(CALLS[op])(x[None])):
+        with pytest.raises(RuntimeError, match=rf"^em3\.ops\.{op} cannot be called under transforms of torch\.func"):
+            transformed(SMALL)

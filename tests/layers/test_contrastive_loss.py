@@ -67,6 +67,15 @@ def test_a_training_step_brings_the_scale_back_under_its_maximum():
     assert layer.log_scale.grad.abs() > 0  # it can come down again
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("most", [11.0, 14.0, 50.0, 100.0, 1000.0])
+def test_a_scale_at_its_maximum_has_a_gradient(most, dtype):
+    """The exponential of a logarithm may be rounded to more than the number."""
+    layer = em3.ContentIDContrastiveLoss(init_logit_scale=most, max_logit_scale=most).to(dtype)
+    layer(torch.randn(9, 4, dtype=dtype), torch.randn(9, 4, dtype=dtype)).backward()
+    assert layer.log_scale.grad.abs() > 0
+
+
 @pytest.mark.parametrize("scale", [0.0, -1.0, 200.0])
 def test_errors(scale):
     with pytest.raises(ValueError, match="init_logit_scale: was"):
@@ -75,6 +84,9 @@ def test_errors(scale):
 
 @pytest.mark.parametrize(("options", "message"), [
     (dict(kind="siglip"), "kind: was 'siglip', must be one of 'infonce', 'sigmoid'"),
+    (dict(init_logit_scale="5"), "init_logit_scale: was '5', must be a number"),
+    (dict(max_logit_scale="5"), "max_logit_scale: was '5', must be a number"),
+    (dict(kind="sigmoid", init_logit_bias="5"), "init_logit_bias: was '5', must be a number"),
     (dict(label_smoothing=-0.1), "label_smoothing: was -0.1, must be from 0 to 1"),
     (dict(kind="sigmoid", label_smoothing=0.1), "label_smoothing: was 0.1 with kind='sigmoid'"),
 ])  # fmt: skip

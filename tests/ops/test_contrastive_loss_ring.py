@@ -221,6 +221,7 @@ DIFFERENT = {
     "label_smoothing": (dict(label_smoothing=0.1), "label_smoothing=0.0 on rank 1 differs"),
     "weight": (dict(weight=torch.ones(3)), "weight, not given, on rank 1 differs"),
     "gradient": (dict(content=torch.ones(3, 5, requires_grad=True)), "content without a gradient on rank 1 differs"),
+    "scale": (dict(logit_scale=6.0), "logit_scale=1.0 on rank 1 differs"),
     "dtype": (dict(content=torch.ones(3, 5).double(), ids_embedding=torch.ones(3, 5).double()), "embeddings in torch.float32 on rank 1 differs"),
 }
 
@@ -239,6 +240,14 @@ def test_ranks_that_would_not_meet_are_told(case, ranks):
     found = ranks.run(_message, [(good | changed,), (good,), (good,)])
     assert all(text.startswith("group: ") and text.endswith("must be the same on every rank") for text in found)
     assert message + " from that on rank 0" in found[1]
+
+
+def test_a_rank_that_refuses_its_numbers_tells_the_others(ranks):
+    good = dict(content=torch.ones(3, 5), ids_embedding=torch.ones(3, 5), logit_scale=1.0, log_q=torch.zeros(3), weight=torch.ones(3))
+    for wrong, message in ((dict(log_q=torch.ones(3)), "log_q: held 1, must be"), (dict(weight=-torch.ones(3)), "weight: held -1, must")):
+        found = ranks.run(_message, [(good,), (good | wrong,), (good,)])
+        assert found[1].startswith(message)
+        assert all("with values that are allowed on rank" in found[i] for i in (0, 2))
 
 
 def test_what_is_no_group():

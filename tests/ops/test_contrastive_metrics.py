@@ -61,6 +61,17 @@ def test_extremes():
         agrees(em3.ops.contrastive_metrics(**args, logit_scale=1.0), torch.zeros(2, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("v", [8, 64, 257])
+def test_rows_that_have_become_the_same(dtype, v):
+    """The products of one row with itself are rounded in one way or the other, here and there."""
+    for _ in range(20):
+        same = torch.randn(1, v, dtype=dtype).expand(32, v)
+        for options in (dict(), dict(log_q=torch.full((32,), -7.3)), dict(normalize=False)):
+            got = em3.ops.contrastive_metrics(same, same, logit_scale=14.0, **options)
+            agrees(got, torch.tensor([0.0, 16.5], dtype=torch.float64))
+
+
 def test_no_gradient_and_fullgraph_and_autocast():
     args = oracle.convert(make(20, 8, k=3, ids=9, log_q=True, weight=True), torch.float32)
     want = em3.ops.contrastive_metrics(**args)
@@ -77,6 +88,7 @@ def test_opcheck(ids):
     items = torch.tensor([0, 1, 0, 2, 3, 1]) if ids else None
     scale = torch.tensor(3.0, dtype=torch.float64)
     for of_row, of_col in ((torch.randn(6), torch.randn(6)), (None, torch.randn(6)), (torch.randn(6), None)):
+        of_row, of_col = (None if of is None else torch.stack([of, of + 0.1], 1) for of in (of_row, of_col))
         args = (torch.randn(6, 4), torch.randn(8, 4), scale, items, torch.rand(8), of_row, of_col)
         torch.library.opcheck(torch.ops.em3.contrastive_ranks, args)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,8 +15,9 @@ def forward(x: Tensor, y: Tensor, scale: Tensor, item_ids: Tensor | None, offset
     """For each row ``[B]`` and column ``[N]`` how many candidates have a larger logit than the row's or column's positive,
     and half of those with the same one; float64.
 
-    The arguments are those of ``em3::contrastive_loss``, ``of_row`` and ``of_col`` the positives' logits, offsets included;
-    None for a direction that is not asked for, whose result is empty.
+    The arguments are those of ``em3::contrastive_loss``, ``of_row [B, 2]`` and ``of_col [N, 2]`` the least and the largest
+    logit, offsets included, that is taken for the positive's; None for a direction that is not asked for, whose result is
+    empty.
     """
     sheet = tiled.arrange(x, y, scale, item_ids, offset, apart)
     above_row, above_col = (
@@ -26,10 +29,10 @@ def forward(x: Tensor, y: Tensor, scale: Tensor, item_ids: Tensor | None, offset
         tiled.exclude(sheet, tile, r, c, -torch.inf)
         if of_row is not None:
             logits = tile if sheet.y.offset is None else tile + sheet.y.offset[c]
-            above_row[r] += _above(logits, of_row[r, None], 1)
+            above_row[r] += _above(logits, of_row[r, None].unbind(-1), 1)
         if of_col is not None and c.start < sheet.y.anchors:
             logits = tile if sheet.x.offset is None else tile + sheet.x.offset[r, None]
-            above_col[c] += _above(logits, of_col[c], 0)
+            above_col[c] += _above(logits, of_col[c].unbind(-1), 0)
     if of_row is not None:
         above_row = tiled.restored(sheet.x, above_row)
     if of_col is not None:
@@ -37,5 +40,6 @@ def forward(x: Tensor, y: Tensor, scale: Tensor, item_ids: Tensor | None, offset
     return above_row, above_col
 
 
-def _above(logits: Tensor, positive: Tensor, dim: int) -> Tensor:
-    return ((logits > positive).sum(dim) + (logits >= positive).sum(dim)) / 2
+def _above(logits: Tensor, positive: Sequence[Tensor], dim: int) -> Tensor:
+    least, largest = positive
+    return ((logits > largest).sum(dim) + (logits >= least).sum(dim)) / 2
