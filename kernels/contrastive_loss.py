@@ -163,6 +163,21 @@ def _keys(ids, at, anchors, none: tl.constexpr):
 
 
 @triton.jit
+def _factor(scale):
+    """The scale of logits to base 2, as a sum of two numbers in float32."""
+    exact = tl.load(scale) * LOG2E
+    high = exact.to(tl.float32)
+    return high, (exact - high.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
+def _scaled(cosine, high, low):
+    """Logits rounded once, for the positive's is exact: a rounded scale would be between it and all the others, 5e-6 at 100.
+    It costs a multiplication a logit, beside some fifteen operations and one or two exponentials."""
+    return tl.fma(cosine, high, cosine * low)
+
+
+@triton.jit
 def _plus(s, offset, at, count, AXIS: tl.constexpr):
     """``s`` with the offsets of the candidates along an axis added, both in base 2."""
     if offset is not None:
@@ -187,7 +202,7 @@ def _statistics(x, x_low, x_size, y, y_low, y_size, scale, row_ids, col_ids, row
     pid = tl.program_id(0)
     group = pid // splits
     split = pid % splits
-    factor = (tl.load(scale) * LOG2E).to(tl.float32)
+    high, low = _factor(scale)
     row_at = split.to(tl.int64) * B
     col_at = group.to(tl.int64) * N
     first_row = group * row_share
@@ -200,7 +215,8 @@ def _statistics(x, x_low, x_size, y, y_low, y_size, scale, row_ids, col_ids, row
         if CHUNK == WIDTH:
             left = _tile(x, r, row_in, 0, V, ROWS, WIDTH)
             left_low = _tile(x_low, r, row_in, 0, V, ROWS, WIDTH)
-        row_size = tl.load(x_size + i, mask=row_in, other=0.0) * factor
+        row_size = tl.load(x_size + i, mask=row_in, other=0.0)
+        row_high, row_low = row_size * high, row_size * low
         row_key = _keys(row_ids, i, B, -1)
         top = tl.full((ROWS,), float("-inf"), tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
@@ -213,7 +229,8 @@ def _statistics(x, x_low, x_size, y, y_low, y_size, scale, row_ids, col_ids, row
                 s = _product(left, left_low, tl.trans(right), _transposed(right_low))
             else:
                 s = _products(x, x_low, r, row_in, y, y_low, c, col_in, V, ROWS, COLS, CHUNK)
-            s = s * row_size[:, None] * tl.load(y_size + j, mask=col_in, other=0.0)[None, :]
+            s = s * tl.load(y_size + j, mask=col_in, other=0.0)[None, :]
+            s = _scaled(s, row_high[:, None], row_low[:, None])
             apart = row_in[:, None] & col_in[None, :]
             if OWN or row_ids is not None:
                 apart = apart & (row_key[:, None] != _keys(col_ids, j, N, -2)[None, :])
@@ -239,8 +256,7 @@ def _statistics(x, x_low, x_size, y, y_low, y_size, scale, row_ids, col_ids, row
 @triton.jit
 def _share(s, lse, grad, at, anchors, AXIS: tl.constexpr):
     """The gradient to the logits ``s`` (offsets added) through the statistics along an axis."""
-    level = tl.load(lse + at, mask=at < anchors, other=float("inf")) * LOG2E
-    level = tl.where(level == float("-inf"), float("inf"), level)  # no candidate: 0 of every logit, not NaN
+    level = tl.load(lse + at, mask=at < anchors, other=float("inf"))
     weight = tl.load(grad + at, mask=at < anchors, other=0.0)
     return tl.expand_dims(weight, AXIS) * tl.exp2(s - tl.expand_dims(level, AXIS))
 
@@ -257,8 +273,7 @@ def _gradient(a, a_low, a_size, b, b_low, b_size, scale, a_ids, b_ids, a_offset,
     r = pid // slices // splits * ROWS
     i = r + tl.arange(0, ROWS)
     row_in = i < A
-    exact = tl.load(scale)
-    factor = (exact * LOG2E).to(tl.float32)
+    high, low = _factor(scale)
     if CHUNK == WIDTH:
         left = _tile(a, r, row_in, 0, V, ROWS, WIDTH)
         left_low = _tile(a_low, r, row_in, 0, V, ROWS, WIDTH)
@@ -281,7 +296,7 @@ def _gradient(a, a_low, a_size, b, b_low, b_size, scale, a_ids, b_ids, a_offset,
         apart = row_in[:, None] & col_in[None, :]
         if OWN or a_ids is not None:
             apart = apart & (row_key[:, None] != _keys(b_ids, j, B_ANCHORS, -2)[None, :])
-        s = tl.where(apart, cosine * factor, float("-inf"))
+        s = tl.where(apart, _scaled(cosine, high, low), float("-inf"))
         ds = tl.zeros((ROWS, COLS), tl.float32)
         if a_lse is not None:
             ds += _share(_plus(s, b_offset, j, B, 0), a_lse, a_grad, i, A_ANCHORS, 1)
@@ -304,7 +319,8 @@ def _gradient(a, a_low, a_size, b, b_low, b_size, scale, a_ids, b_ids, a_offset,
     out = split.to(tl.int64) * A + i
     if da is not None:
         col = lane * WIDTH + tl.arange(0, WIDTH)
-        tl.store(da + out[:, None] * V + col[None, :], grad * exact.to(tl.float32), mask=row_in[:, None] & (col < V)[None, :])
+        grad = grad * tl.load(scale).to(tl.float32)
+        tl.store(da + out[:, None] * V + col[None, :], grad, mask=row_in[:, None] & (col < V)[None, :])
     if lane == 0:
         if dscale is not None:
             tl.store(dscale + out, to_scale, mask=row_in)
@@ -344,7 +360,7 @@ def split(vectors: Tensor) -> Split:
 
 
 def statistics(sheet: Sheet, rows: bool, cols: bool) -> tuple[Tensor, Tensor]:
-    """The logsumexps of the rows, ``[B]``, and of the columns, ``[N]``; empty where not asked for."""
+    """The logsumexps of the rows, ``[B]``, and of the columns, ``[N]``, in float64; empty where not asked for."""
     (x, row_ids, row_offset, b), (y, col_ids, col_offset, n) = sheet.rows, sheet.cols
     m, v = y.high.shape
     device = x.high.device
@@ -365,15 +381,15 @@ def statistics(sheet: Sheet, rows: bool, cols: bool) -> tuple[Tensor, Tensor]:
                 *x, *y, sheet.scale, row_ids, col_ids, row_offset, col_offset, of_rows, of_cols, b, n, m, v,
                 row_share * tile.rows, col_share * tile.cols, groups, splits, OWN=sheet.own, **_options(tile),
             )  # fmt: skip
-    row, col = (x.size.new_empty(0) if found is None else _joined(*found) for found in (of_rows, of_cols))
+    row, col = (sheet.scale.new_empty(0) if found is None else _joined(*found) for found in (of_rows, of_cols))
     return row, col
 
 
 def _joined(top: Tensor, total: Tensor) -> Tensor:
-    """``[P, A]`` both -> the logsumexp ``[A]``."""
+    """``[P, A]`` both -> the logsumexp ``[A]``, in float64: one number of float32 near 100 is off by 4e-6."""
     whole = top.amax(0)
     total = (total * (top - whole.clamp(min=torch.finfo(top.dtype).min)).exp2_()).sum(0)
-    return (whole + total.log2_()) * math.log(2)  # -inf + log(0) = -inf for no candidate
+    return (whole.double() + total.double().log2_()) * math.log(2)  # -inf + log(0) = -inf for no candidate
 
 
 def gradient(sheet: Sheet, row: Tensor | None, col: Tensor | None, drow: Tensor | None, dcol: Tensor | None,
@@ -394,7 +410,9 @@ def gradient(sheet: Sheet, row: Tensor | None, col: Tensor | None, drow: Tensor 
     splits = cdiv(col_blocks, share)
     sizes = ((splits, a, v), (splits, a), (splits, a))
     out = [torch.empty(size, dtype=torch.float32, device=device) if t else None for size, t in zip(sizes, need, strict=True)]
-    row, col = (None if d is None or t is None else t.contiguous() for t, d in ((row, drow), (col, dcol)))
+    (row, drow), (col, dcol) = (
+        (None, None) if d is None or t is None else _levels(t, d) for t, d in ((row, drow), (col, dcol))
+    )
     with on_device(x.high):
         _gradient[(blocks * splits * slices,)](
             *x, *y, sheet.scale, row_ids, col_ids, row_offset, col_offset, row, col, drow, dcol, *out, a, b, m, n, v, slices,
@@ -402,6 +420,14 @@ def gradient(sheet: Sheet, row: Tensor | None, col: Tensor | None, drow: Tensor 
         )  # fmt: skip
     dx, dscale, doffset = (None if t is None else t[0] if splits == 1 else t.sum(0) for t in out)
     return dx, dscale, doffset
+
+
+def _levels(lse: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The logsumexps to base 2 in float32, and the gradients to them times the power of 2 that rounding has left out: there
+    it costs nothing for each logit."""
+    exact = (lse * math.log2(math.e)).clamp(min=-(2.0**100))  # no candidate: 0 of every logit, not NaN
+    level = exact.float()
+    return level, grad * (level - exact).exp2_().float()
 
 
 def _options(tile: Config) -> dict[str, Any]:

@@ -5,7 +5,9 @@ With ``S = scale x y^T``, candidates ``j != i`` that are not of row i's item (``
 
     row_i = logsumexp_j (S_ij + offset_j), j < M;  col_j = logsumexp_i (S_ij + offset_i), i < B, for j < B.
 
--inf where no candidate is left; empty where not asked for. x and y come in float32 or float64, scale in float64.
+-inf where no candidate is left; empty where not asked for. x and y come in float32 or float64, scale in float64, and so go
+row and col: what float32 cuts off a logsumexp of 100, 4e-6, would be in all of its row's gradient. The gradients to them
+are in the dtype of x.
 
 Backends have one argument more, ``apart``. Where it is a number, the first ``N = apart`` candidates are another batch:
 no row is its own column, ``item_ids [B + N]`` and ``offset [B + M]`` hold those of the rows and then those of the columns,
@@ -57,7 +59,7 @@ def about(x: Tensor, y: Tensor, item_ids: Tensor | None) -> About:
 
 @torch.library.register_fake("em3::contrastive_loss")
 def _forward_fake(x, y, scale, item_ids, offset, rows, cols, backend):
-    return x.new_empty(x.shape[0] if rows else 0), x.new_empty(x.shape[0] if cols else 0)
+    return scale.new_empty(x.shape[0] if rows else 0), scale.new_empty(x.shape[0] if cols else 0)
 
 
 @torch.library.register_fake("em3::contrastive_loss_backward")
@@ -75,7 +77,7 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, drow, dcol):
     x, y, scale, item_ids, offset, row, col = ctx.saved_tensors
     # A direction that was not asked for has an empty statistic, and so an empty gradient.
-    drow, dcol = (None if d is None or not d.numel() else d.contiguous() for d in (drow, dcol))
+    drow, dcol = (None if d is None or not d.numel() else d.to(x.dtype).contiguous() for d in (drow, dcol))
     need = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
     grads = torch.ops.em3.contrastive_loss_backward(
         drow, dcol, x, y, scale, item_ids, offset, row, col, need, ctx.backend

@@ -82,15 +82,17 @@ def _forward(x, y, scale, bias, item_ids, offset, sizes, rows, cols, kind, backe
                 if passed is not None:
                     col = kernel.join(col, arrived(passed)[0])
                 passed = ring.hand_on([col], source, blocks.lengths("B"))
-        col = arrived(passed)[0] if passed is not None else x.new_empty(0)
-    return row.to(x.dtype), col.to(x.dtype)
+        col = arrived(passed)[0] if passed is not None else row.new_empty(0)
+    return row, col
 
 
 @torch.library.impl("em3::contrastive_loss_ring_backward", "default")
 def _backward(drow, dcol, x, y, scale, bias, item_ids, offset, sizes, row, col, rows, cols, need, kind, backend, group):
     ring, blocks = Ring(group), Blocks(x, y, item_ids, offset, sizes)
     # A rank without a gradient of its own sends zeros: what travels must be the same on all of them.
-    drow, dcol = (torch.zeros_like(t) if d is None else d.contiguous() for d, t in ((drow, row), (dcol, col)))
+    drow, dcol = (
+        x.new_zeros(t.shape) if d is None else d.to(x.dtype).contiguous() for d, t in ((drow, row), (dcol, col))
+    )
     kernel = chosen(kind, backend, x, y, scale, item_ids, offset, rows, cols)
     need_x, need_y, need_scale, need_bias, need_offset = need
     none = x.new_empty(0)
@@ -136,7 +138,7 @@ def _backward(drow, dcol, x, y, scale, bias, item_ids, offset, sizes, row, col, 
 
 @torch.library.register_fake("em3::contrastive_loss_ring")
 def _forward_fake(x, y, scale, bias, item_ids, offset, sizes, rows, cols, kind, backend, group):
-    return x.new_empty(x.shape[0] if rows else 0), x.new_empty(x.shape[0] if cols else 0)
+    return scale.new_empty(x.shape[0] if rows else 0), scale.new_empty(x.shape[0] if cols else 0)
 
 
 @torch.library.register_fake("em3::contrastive_loss_ring_backward")

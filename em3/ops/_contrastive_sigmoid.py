@@ -6,7 +6,8 @@ With ``S = scale x y^T + bias`` and the offsets of the ``M = B + K`` candidates:
     col_j = sum over i != j, i < B, of softplus(z_ij (S_ij + offset_i)), for j < B,
 
 where pairs of the same item (``item_ids``) are left out, or have ``z = -1`` with ``positive``; all others have ``z = 1``.
-0 where no pair is left; empty where not asked for. x and y come in float32 or float64, scale and bias in float64.
+0 where no pair is left; empty where not asked for. x and y come in float32 or float64, scale and bias in float64, and so go
+row and col, the gradients to which are in the dtype of x.
 
 Backends have one argument more, ``apart``, as in ``_contrastive_operator.py``; sums over parts are added. What a
 pair loses depends on no other pair, so the backward needs none of the forward's results.
@@ -72,7 +73,7 @@ def _backward(drow, dcol, x, y, scale, bias, item_ids, offset, need, positive, b
 
 @torch.library.register_fake("em3::contrastive_sigmoid")
 def _forward_fake(x, y, scale, bias, item_ids, offset, rows, cols, positive, backend):
-    return x.new_empty(x.shape[0] if rows else 0), x.new_empty(x.shape[0] if cols else 0)
+    return scale.new_empty(x.shape[0] if rows else 0), scale.new_empty(x.shape[0] if cols else 0)
 
 
 @torch.library.register_fake("em3::contrastive_sigmoid_backward")
@@ -89,7 +90,10 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, drow, dcol):
     # A direction that was not asked for has an empty sum, and so an empty gradient.
-    drow, dcol = (None if d is None or not asked else d.contiguous() for d, asked in ((drow, ctx.rows), (dcol, ctx.cols)))
+    dtype = ctx.saved_tensors[0].dtype
+    drow, dcol = (
+        None if d is None or not asked else d.to(dtype).contiguous() for d, asked in ((drow, ctx.rows), (dcol, ctx.cols))
+    )
     need = [ctx.needs_input_grad[i] for i in (0, 1, 2, 3, 5)]
     grads = torch.ops.em3.contrastive_sigmoid_backward(drow, dcol, *ctx.saved_tensors, need, ctx.positive, ctx.backend)
     dx, dy, dscale, dbias, doffset = (g if n else None for g, n in zip(grads, need, strict=True))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -63,7 +65,7 @@ def test_a_shard_of_another_rank(apart, ids, offset, tiles):
     with oracle.poisoned():
         row, col = backend.forward(*args, True, True, apart)
         want_row, want_col = tiled.forward(*args, True, True, apart)
-        torch.testing.assert_close((row, col), (want_row, want_col))
+        torch.testing.assert_close((row, col), (want_row, want_col), rtol=1e-6, atol=1e-6)
         back = (torch.rand(b), torch.rand(apart) if apart else None, *args, row, col, [True, True, True, offset], apart)
         for got, want in zip(backend.backward(*back), tiled.backward(*back), strict=True):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
@@ -80,6 +82,25 @@ def test_no_gradient_is_made_that_nobody_wants(need, way, tiles):
     want = tiled.backward(drow, dcol, *args, row, col, [bool(n) for n in need])
     for got, right in zip(grads, want, strict=True):
         torch.testing.assert_close(got, right, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_logits_near_100_keep_their_digits(tile, tiles):
+    """Of a scale that is, to base 2, half between two numbers of float32: the logsumexps are those of the scale as it is, which
+    the positives have, and what they share out of a gradient adds up to all of it."""
+    tiles(tile, 5)
+    b, m = 37, 50
+    scale = torch.tensor((140 + 2**-17) * math.log(2), dtype=torch.float64)
+    x, y = (torch.cat([torch.ones(n, 1), 0.02 * torch.randn(n, 15)], 1) for n in (b, m))
+    row, col = backend.forward(x, y, scale, None, None, True, True, m)
+    logits = scale * x.double() @ y.double().T
+    for got, want in ((row, logits.logsumexp(1)), (col, logits.logsumexp(0))):
+        assert (got - want).mean().abs() < 2e-6
+        assert (got - want).square().mean().sqrt() < 3e-6
+    dx, *_ = backend.backward(torch.ones(b), None, x, y, scale, None, None, row, col, [True, False, False, False], m)
+    _, dy, *_ = backend.backward(None, torch.ones(m), x, y, scale, None, None, row, col, [False, True, False, False], m)
+    for shared in (dx, dy):
+        assert (shared[:, 0] / scale - 1).square().mean().sqrt() < 1.5e-6
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1.0, 1e15])

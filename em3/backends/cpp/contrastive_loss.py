@@ -50,7 +50,7 @@ def forward(x: Tensor, y: Tensor, scale: Tensor, item_ids: Tensor | None, offset
         *_inputs(x, y, scale, bias, item_ids, offset), kind, limits(), row if rows else None, col if cols else None,
         torch.get_num_threads(), cpp.isa, apart,
     )  # fmt: skip
-    return row, col
+    return row.double(), col.double()
 
 
 def backward(drow: Tensor | None, dcol: Tensor | None, x: Tensor, y: Tensor, scale: Tensor, item_ids: Tensor | None,
@@ -58,7 +58,7 @@ def backward(drow: Tensor | None, dcol: Tensor | None, x: Tensor, y: Tensor, sca
              ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     need_x, need_y, need_scale, need_offset = need
     given = (drow, dcol, x, y, scale, None, item_ids, offset, "infonce")
-    sums = (row if row.numel() else None, col if col.numel() else None)
+    sums = (row.float() if row.numel() else None, col.float() if col.numel() else None)
     dx, dy, dscale, _, doffset = gradients(*given, sums, [need_x, need_y, need_scale, False, need_offset], apart)
     return dx, dy, dscale, doffset
 

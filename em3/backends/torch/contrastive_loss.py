@@ -70,6 +70,7 @@ def forward(x: Tensor, y: Tensor, scale: Tensor, item_ids: Tensor | None, offset
         row, col = _sums(sheet, shift, rows, cols)
     if shift is None or not _in_range(sheet, shift, row, col):
         row, col = _logsumexps(sheet, rows, cols)
+    row, col = row.double(), col.double()
     return restored(sheet.x, row) if rows else row, restored(sheet.y, col) if cols else col
 
 
@@ -78,7 +79,7 @@ def backward(drow: Tensor | None, dcol: Tensor | None, x: Tensor, y: Tensor, sca
              ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients to ``x, y, scale, offset``; an empty tensor for each that ``need`` leaves out."""
     sheet = arrange(x, y, scale, item_ids, offset, apart)
-    row, col = arranged(sheet.x, row), arranged(sheet.y, col)
+    row, col = arranged(sheet.x, row.to(x.dtype)), arranged(sheet.y, col.to(x.dtype))
     drow = None if drow is None else arranged(sheet.x, drow)
     dcol = None if dcol is None else arranged(sheet.y, dcol)
     need_x, need_y, need_scale, need_offset = need

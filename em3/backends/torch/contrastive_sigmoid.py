@@ -37,7 +37,6 @@ def forward(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, item_ids: Tensor 
             row[r] += pairs.losses(tile, sheet.y.offset[None, c], same, r, c).sum(1)
         if in_batch and sheet.x.offset is not None:
             col[c] += pairs.losses(tile, sheet.x.offset[r, None], same, r, c).sum(0)
-    row, col = row.to(x.dtype), col.to(x.dtype)
     return tiled.restored(sheet.x, row) if rows else row, tiled.restored(sheet.y, col) if cols else col
 
 

@@ -40,7 +40,7 @@ def forward(x: Tensor, y: Tensor, scale: Tensor, item_ids: Tensor | None, offset
             cols: bool, apart: int | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     b, n = x.shape[0], x.shape[0] if apart is None else apart
     if not b or not y.shape[0]:
-        row, col = (x.new_full((count if asked else 0,), -torch.inf) for count, asked in ((b, rows), (n, cols)))
+        row, col = (scale.new_full((count if asked else 0,), -torch.inf) for count, asked in ((b, rows), (n, cols)))
         return row, col
     sheet = _sheet(x, y, scale, item_ids, offset, apart)
     found: tuple[Tensor, Tensor] = kernel("contrastive_loss").statistics(sheet, rows, cols)
