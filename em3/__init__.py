@@ -12,7 +12,7 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError("em3 needs torch, 2.10 or newer, which is not installed: pip install torch") from error
 
-from . import adapters, ops
+from . import adapters, ops, reference
 from ._version import __version__
 from .adapters import patch, unpatch
 from .data.content_bank import ContentBank
@@ -38,6 +38,7 @@ __all__ = [
     "env_report",
     "ops",
     "patch",
+    "reference",
     "set_backend",
     "unpatch",
     "use_backend",

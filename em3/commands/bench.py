@@ -12,8 +12,8 @@ from .progress import Progress, complaints
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "em3 bench [SUITE ...] --out DIR [options]\n       em3 bench compare REV [OPERATION ...] --out DIR [options]"
-    suites = ("operations, strategies, overhead, end_to_end; all by default. Or the word compare and a revision of this git"
-              " checkout, to build it and measure both in turns")  # fmt: skip
+    suites = ("strategies, overhead, end_to_end, or the name of an operation, such as contrastive_loss; all by default. Or the"
+              " word compare and a revision of this git checkout, to build it and measure both in turns")  # fmt: skip
     parser.add_argument("what", nargs="*", metavar="SUITE", help=suites)
     parser.add_argument("--shapes", type=Path, metavar="FILE", help="YAML file of shapes to measure instead of em3's own")
     parser.add_argument("--device", help="cpu, cuda or cuda:1; by default the CPU and then a GPU if there is one, in folders"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # Where the scale of each kind starts: CLIP's and SigLIP's.
 INIT_LOGIT_SCALE = {"infonce": 1 / 0.07, "sigmoid": 10.0}
+INIT_LOGIT_BIAS = -10.0  # SigLIP's
 
 
 class ContentIDContrastiveLoss(nn.Module):
@@ -32,7 +33,7 @@ class ContentIDContrastiveLoss(nn.Module):
     Args:
         init_logit_scale: where the scale starts; by default at ``1 / 0.07``, and at 10 for ``kind="sigmoid"``.
         max_logit_scale: the largest scale.
-        init_logit_bias: where the bias of ``kind="sigmoid"`` starts.
+        init_logit_bias: where the bias of ``kind="sigmoid"`` starts, -10 by default; of that kind only.
         kind, label_smoothing, duplicates, direction, reduction, normalize, backend: as in
             :func:`em3.ops.contrastive_loss`.
 
@@ -43,19 +44,26 @@ class ContentIDContrastiveLoss(nn.Module):
     logit_bias: nn.Parameter | None
 
     def __init__(self, *, init_logit_scale: float | None = None, max_logit_scale: float = 100.0,
-                 init_logit_bias: float = -10.0, kind: str = "infonce", label_smoothing: float = 0.0,
+                 init_logit_bias: float | None = None, kind: str = "infonce", label_smoothing: float = 0.0,
                  duplicates: str = "mask", direction: str = "both", reduction: str = "mean", normalize: bool = True,
                  backend: str | None = None) -> None:  # fmt: skip
         super().__init__()
-        check.kind_options(kind, init_logit_bias if kind == "sigmoid" else None, label_smoothing)
+        if kind == "sigmoid" and init_logit_bias is None:
+            init_logit_bias = INIT_LOGIT_BIAS
+        elif kind == "infonce" and init_logit_bias is not None:
+            raise ValueError(f"init_logit_bias: was {init_logit_bias!r}, must be left out with kind='infonce', which has no bias")
+        check.kind_options(kind, init_logit_bias, label_smoothing)
         _checks.one_of(duplicates, check.DUPLICATES, "duplicates")
         _checks.one_of(direction, DIRECTIONS, "direction")
         _checks.one_of(reduction, check.REDUCTIONS, "reduction")
         _given.choices("auto", backend)
         init_logit_scale = INIT_LOGIT_SCALE[kind] if init_logit_scale is None else init_logit_scale
-        numbers = dict(init_logit_scale=init_logit_scale, max_logit_scale=max_logit_scale, init_logit_bias=init_logit_bias)
-        for name, value in numbers.items():
+        for name, value in dict(init_logit_scale=init_logit_scale, max_logit_scale=max_logit_scale).items():
             _given.number(name, value)
+        if not 0 < max_logit_scale < math.inf:
+            raise ValueError(f"max_logit_scale: was {max_logit_scale}, must be above 0 and finite")
+        if init_logit_bias is not None:
+            _given.number("init_logit_bias", init_logit_bias)
         if not 0 < init_logit_scale <= max_logit_scale:
             raise ValueError(
                 f"init_logit_scale: was {init_logit_scale}, must be above 0 and at most max_logit_scale {max_logit_scale}"
@@ -70,7 +78,7 @@ class ContentIDContrastiveLoss(nn.Module):
 
     def reset_parameters(self) -> None:
         nn.init.constant_(self.log_scale, math.log(self.init_logit_scale))
-        if self.logit_bias is not None:
+        if self.logit_bias is not None and self.init_logit_bias is not None:
             nn.init.constant_(self.logit_bias, self.init_logit_bias)
 
     @property

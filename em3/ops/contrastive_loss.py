@@ -85,15 +85,16 @@ def contrastive_loss(content: Tensor, ids_embedding: Tensor, *, item_ids: Tensor
 
     Args:
         content, ids_embedding: ``[B, V]``; row ``i`` of both belongs to one item.
-        item_ids: ``[B]``, int64 or int32, or None.
+        item_ids: ``[B]``, int64 or int32, or None. Every value is an item: rows of -1 are one too.
         duplicates: ``"mask"``, ``"positive"`` or ``"keep"``.
         logit_scale: the factor of the similarities (the inverse of the temperature): a number, or a floating-point
             tensor with one element.
         logit_bias: what is added to every logit of ``kind="sigmoid"``, for which it must be given: a number, or a
             floating-point tensor with one element. SigLIP's starts at -10, its ``logit_scale`` at 10.
-        log_q: ``[B]`` or None; at most 0. More, as a probability has that was given for its logarithm, is an error: on the
-            CPU always, on a GPU under ``em3.debug_checks()`` only, since looking waits for the device.
-        weight: ``[B]`` or None: a factor ``w_i >= 0`` of each row's loss.
+        log_q: ``[B]`` or None; finite and at most 0. More, as a probability has that was given for its logarithm, or -inf,
+            that of an item which is never drawn, is an error: on the CPU always, on a GPU under ``em3.debug_checks()``
+            only, since looking waits for the device.
+        weight: ``[B]`` or None: a factor ``w_i >= 0`` of each row's loss, checked as ``log_q`` is.
         negatives: ``[K, V]`` or None: further ID embeddings that ``content_to_id`` contrasts with.
         kind: ``"infonce"`` or ``"sigmoid"``, which the Triton backend does not serve.
         label_smoothing: from 0 to 1, of ``kind="infonce"``.
@@ -111,7 +112,8 @@ def contrastive_loss(content: Tensor, ids_embedding: Tensor, *, item_ids: Tensor
     Raises:
         ValueError: naming the argument, what it was and what it must be; on every rank, if ranks differ in what must agree.
         em3.BackendError: if the backend asked for cannot serve the call.
-        RuntimeError: if another rank died or did not come within the group's timeout (a ``RingError``, which names it).
+        RuntimeError: if another rank died or did not come within the group's timeout (a ``RingError``, which says
+            what was waited for, and of which rank).
 
     Sources: InfoNCE (van den Oord et al., arXiv 1807.03748), its symmetric form (CLIP, arXiv 2103.00020, figure 3),
     several positives (SupCon, arXiv 2004.11362, equation 2), logQ (Bengio and Senecal, "Adaptive Importance Sampling",

@@ -38,8 +38,10 @@ def contrastive_metrics(content: Tensor, ids_embedding: Tensor, *, item_ids: Ten
     both kinds of the loss: a bias moves no rank. Logits are computed in float32 (float64 for float64), and equal are those
     that its rounding could not tell from the positive's, ``4 sqrt(V)`` units of the product of the row's lengths.
 
+    A row whose positive is NaN makes both numbers NaN.
+
     It is a function of its own so that a step which asks for no metrics pays nothing. Called, it makes the logits once
-    more, tile by tile, as much arithmetic as the loss's forward: call it every so many steps.
+    more, tile by tile, in two to three times the time of the loss's forward: call it every so many steps.
 
     Args:
         content, ids_embedding, item_ids, duplicates, logit_scale, log_q, weight, negatives, direction, normalize: as in
@@ -76,8 +78,10 @@ def contrastive_metrics(content: Tensor, ids_embedding: Tensor, *, item_ids: Ten
         *(positive if asked else None for asked in batch.asked),
     )  # fmt: skip
     above = torch.stack([of for of, asked in zip(found, batch.asked, strict=True) if asked])  # [1 or 2, B]
+    above = above.masked_fill(positive.isnan().any(1), torch.nan)
     weight = torch.ones_like(above[0]) if weight is None else weight.double()
-    means = torch.stack([(above == 0).double().mean(0), above.mean(0) + 1, torch.ones_like(above[0])])  # [3, B]
+    best = torch.where(above.isnan(), above, (above == 0).double())
+    means = torch.stack([best.mean(0), above.mean(0) + 1, torch.ones_like(above[0])])  # [3, B]
     first, ranks, mass = scope.total((means * weight).sum(1)).unbind()
     mass = torch.where(mass == 0, torch.inf, mass)
     return ContrastiveMetrics(first / mass, ranks / mass)

@@ -87,7 +87,7 @@ class TrainConfig:
 
     epochs: int = 4
     batch_size: int = 2048
-    micro_batch: int | None = None  # rows, and distinct items, whose activations are held at a time; all of the batch's by default
+    micro_batch: int | None = None  # rows, and distinct items, held at a time, with dropout of their own; all by default
     rows_per_item: int = 1  # rows of one item that share a batch, and so its content, where an arm computes content
     lr: float = 2e-3
     warmup_steps: int = 50

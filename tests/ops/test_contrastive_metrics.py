@@ -72,6 +72,12 @@ def test_rows_that_have_become_the_same(dtype, v):
             agrees(got, torch.tensor([0.0, 16.5], dtype=torch.float64))
 
 
+def test_what_is_no_number_is_no_score():
+    content, ids = torch.randn(2, 9, 4).unbind()
+    content[3, 1] = torch.nan
+    assert all(score.isnan() for score in em3.ops.contrastive_metrics(content, ids, logit_scale=1.0))
+
+
 def test_no_gradient_and_fullgraph_and_autocast():
     args = oracle.convert(make(20, 8, k=3, ids=9, log_q=True, weight=True), torch.float32)
     want = em3.ops.contrastive_metrics(**args)
