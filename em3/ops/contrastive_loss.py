@@ -92,7 +92,7 @@ def contrastive_loss(content: Tensor, ids_embedding: Tensor, *, item_ids: Tensor
             CPU always, on a GPU under ``em3.debug_checks()`` only, since looking waits for the device.
         weight: ``[B]`` or None: a factor ``w_i >= 0`` of each row's loss.
         negatives: ``[K, V]`` or None: further ID embeddings that ``content_to_id`` contrasts with.
-        kind: ``"infonce"`` or ``"sigmoid"``, which the Triton backend does not serve.
+        kind: ``"infonce"`` or ``"sigmoid"``.
         label_smoothing: from 0 to 1, of ``kind="infonce"``.
         direction: ``"both"``, ``"content_to_id"`` or ``"id_to_content"``.
         reduction: ``"mean"`` = ``sum(w l) / sum(w)`` (0 if that sum is 0), ``"sum"`` = ``sum(w l)``, ``"none"`` = ``w l``.
