@@ -29,10 +29,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .contrastive_device import (
+    _factor,
+    _halves,
+    _keys,
+    _plus,
+    _power_below,
+    _product,
+    _products,
+    _scaled,
+    _summed,
+    _tile,
+    _transposed,
+)
 from .launch import REGISTERS, cdiv, on_device, table, waves
 
 STEP = 16  # what V is a multiple of
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 class Split(NamedTuple):
@@ -76,21 +88,6 @@ SPLIT = Config(rows=8, cols=0, width=128, chunk=128, warps=4, stages=1)  # it ha
 
 
 @triton.jit
-def _power_below(x):
-    """The power of two that ``x / 256`` has in front, and one over it; both normal numbers, whatever ``x`` is."""
-    bits = tl.minimum(tl.maximum(x.to(tl.int32, bitcast=True) & 0x7F800000, 0x0D800000), 0x71800000)  # 2^-100 to 2^100
-    bits -= 0x04000000
-    return bits.to(tl.float32, bitcast=True), (0x7F000000 - bits).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _halves(x):
-    """``x``, whose largest is under 512, as a sum of two numbers in float16."""
-    high = x.to(tl.float16)
-    return high, (x - high.to(tl.float32)).to(tl.float16)
-
-
-@triton.jit
 def _split(x, high, low, size, A, C, stride, V, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Rows ``[A, C]`` that lie ``stride`` apart, split."""
     i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -109,80 +106,6 @@ def _split(x, high, low, size, A, C, stride, V, ROWS: tl.constexpr, WIDTH: tl.co
         tl.store(high + place, large, mask=inside)
         if low is not None:
             tl.store(low + place, small, mask=inside)
-
-
-@triton.jit
-def _tile(base, at, row_in, first, V, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Columns ``first`` and on of ROWS rows from row ``at`` of ``base``, zero outside; where there is no base, nothing."""
-    tile = None
-    if base is not None:
-        col = first + tl.arange(0, WIDTH)
-        place = tl.arange(0, ROWS)[:, None] * V + col[None, :]
-        tile = tl.load(base + tl.cast(at, tl.int64) * V + place, mask=row_in[:, None] & (col < V)[None, :], other=0.0)
-    return tile
-
-
-@triton.jit
-def _product(a, a_low, b, b_low):
-    """``a b`` of split matrices; the smaller terms first."""
-    if a_low is not None:
-        return tl.dot(a, b, tl.dot(a, b_low, tl.dot(a_low, b)))
-    else:
-        return tl.dot(a, b)
-
-
-@triton.jit
-def _products(a, a_low, a_at, a_in, b, b_low, b_at, b_in, V, A: tl.constexpr, B: tl.constexpr, CHUNK: tl.constexpr):
-    """``a b^T`` of A rows of ``a`` and B rows of ``b``, a chunk of V at a time."""
-    out = tl.zeros((A, B), tl.float32)
-    rest = tl.zeros((A, B), tl.float32)
-    for first in range(0, V, CHUNK):
-        left = _tile(a, a_at, a_in, first, V, A, CHUNK)
-        right = _tile(b, b_at, b_in, first, V, B, CHUNK)
-        out = tl.dot(left, tl.trans(right), out)
-        if a_low is not None:
-            rest = tl.dot(left, tl.trans(_tile(b_low, b_at, b_in, first, V, B, CHUNK)), rest)
-            rest = tl.dot(_tile(a_low, a_at, a_in, first, V, A, CHUNK), tl.trans(right), rest)
-    return out + rest
-
-
-@triton.jit
-def _transposed(tile):
-    if tile is not None:
-        tile = tl.trans(tile)
-    return tile
-
-
-@triton.jit
-def _keys(ids, at, anchors, none: tl.constexpr):
-    """What must differ between a row and its candidate: the items' numbers, or else the places."""
-    key = at
-    if ids is not None:
-        key = tl.load(ids + at, mask=at < anchors, other=none)
-    return key
-
-
-@triton.jit
-def _factor(scale):
-    """The scale of logits to base 2, as a sum of two numbers in float32."""
-    exact = tl.load(scale) * LOG2E
-    high = exact.to(tl.float32)
-    return high, (exact - high.to(tl.float64)).to(tl.float32)
-
-
-@triton.jit
-def _scaled(cosine, high, low):
-    """Logits rounded once, for the positive's is exact: a rounded scale would be between it and all the others, 5e-6 at 100.
-    It costs a multiplication a logit, beside some fifteen operations and one or two exponentials."""
-    return tl.fma(cosine, high, cosine * low)
-
-
-@triton.jit
-def _plus(s, offset, at, count, AXIS: tl.constexpr):
-    """``s`` with the offsets of the candidates along an axis added, both in base 2."""
-    if offset is not None:
-        s += tl.expand_dims(tl.load(offset + at, mask=at < count, other=0.0) * LOG2E, AXIS)
-    return s
 
 
 @triton.jit
@@ -308,14 +231,7 @@ def _gradient(a, a_low, a_size, b, b_low, b_size, scale, a_ids, b_ids, a_offset,
         if dscale is not None:
             to_scale += tl.sum(ds * cosine, 1)
         if da is not None:
-            ds *= col_size[None, :]
-            power, one_over = _power_below(tl.max(tl.abs(ds), 1))
-            large, small = _halves(ds * one_over[:, None])
-            if b_low is not None:
-                part = _product(large, small, right, right_low)
-            else:
-                part = tl.dot(large, right)
-            grad += part * power[:, None]
+            grad += _summed(ds * col_size[None, :], right, right_low)
     out = split.to(tl.int64) * A + i
     if da is not None:
         col = lane * WIDTH + tl.arange(0, WIDTH)
@@ -337,10 +253,30 @@ def architecture(device: torch.device) -> str:
     return "sm_80"
 
 
-def config(kernel: str, v: int, device: torch.device) -> Config:
-    """The table's tile for embeddings of this width."""
-    rows = table("contrastive_loss")[architecture(device)][kernel]
+def config(kernel: str, v: int, device: torch.device, op: str = "contrastive_loss") -> Config:
+    """The tile for embeddings of this width, of the table of either kind."""
+    rows = table(op)[architecture(device)][kernel]
     return next(Config(*tile) for up_to, *tile in rows if up_to is None or v <= up_to)
+
+
+def rectangles(tile: Config, b: int, m: int, device: torch.device) -> tuple[int, int, int, int]:
+    """How many rows and columns of the matrix ``[b, m]`` a program has, and into how many groups these come."""
+    row_blocks, col_blocks = cdiv(b, tile.rows), cdiv(m, tile.cols)
+    aim = waves(device)
+    splits = max(1, min(col_blocks, max(math.isqrt(aim), cdiv(aim, max(1, row_blocks)))))
+    groups = max(1, min(row_blocks, cdiv(aim, splits)))
+    row_share, col_share = cdiv(row_blocks, groups), cdiv(col_blocks, splits)  # in blocks
+    # None without work.
+    return row_share * tile.rows, col_share * tile.cols, cdiv(row_blocks, row_share), cdiv(col_blocks, col_share)
+
+
+def parts(tile: Config, a: int, m: int, v: int, device: torch.device) -> tuple[int, int, int, int]:
+    """Of a gradient ``[a, v]``: blocks of rows, slices of columns, programs that share these, and the columns of the matrix
+    that each of them has."""
+    blocks, slices, col_blocks = cdiv(a, tile.rows), cdiv(v, tile.width), cdiv(m, tile.cols)
+    splits = max(1, min(cdiv(waves(device), max(1, blocks * slices)), col_blocks))
+    share = cdiv(col_blocks, splits)
+    return blocks, slices, cdiv(col_blocks, share), share * tile.cols
 
 
 def split(vectors: Tensor) -> Split:
@@ -365,12 +301,7 @@ def statistics(sheet: Sheet, rows: bool, cols: bool) -> tuple[Tensor, Tensor]:
     m, v = y.high.shape
     device = x.high.device
     tile = config("statistics", v, device)
-    row_blocks, col_blocks = cdiv(b, tile.rows), cdiv(m, tile.cols)
-    aim = waves(device)
-    splits = max(1, min(col_blocks, max(math.isqrt(aim), cdiv(aim, max(1, row_blocks)))))
-    groups = max(1, min(row_blocks, cdiv(aim, splits)))
-    row_share, col_share = cdiv(row_blocks, groups), cdiv(col_blocks, splits)  # in blocks
-    groups, splits = cdiv(row_blocks, row_share), cdiv(col_blocks, col_share)  # none without work
+    row_share, col_share, groups, splits = rectangles(tile, b, m, device)
     of_rows, of_cols = (
         torch.empty(2, parts, count, dtype=torch.float32, device=device) if asked else None
         for parts, count, asked in ((splits, b, rows), (groups, n, cols and n > 0))
@@ -379,7 +310,7 @@ def statistics(sheet: Sheet, rows: bool, cols: bool) -> tuple[Tensor, Tensor]:
         with on_device(x.high):
             _statistics[(groups * splits,)](
                 *x, *y, sheet.scale, row_ids, col_ids, row_offset, col_offset, of_rows, of_cols, b, n, m, v,
-                row_share * tile.rows, col_share * tile.cols, groups, splits, OWN=sheet.own, **_options(tile),
+                row_share, col_share, groups, splits, OWN=sheet.own, **options(tile),
             )  # fmt: skip
     row, col = (sheet.scale.new_empty(0) if found is None else _joined(*found) for found in (of_rows, of_cols))
     return row, col
@@ -403,11 +334,7 @@ def gradient(sheet: Sheet, row: Tensor | None, col: Tensor | None, drow: Tensor 
     (a, v), m = x.high.shape, y.high.shape[0]
     device = x.high.device
     tile = config("gradient", v, device)
-    slices = cdiv(v, tile.width)
-    blocks, col_blocks = cdiv(a, tile.rows), cdiv(m, tile.cols)
-    splits = max(1, min(cdiv(waves(device), max(1, blocks * slices)), col_blocks))
-    share = cdiv(col_blocks, splits)
-    splits = cdiv(col_blocks, share)
+    blocks, slices, splits, share = parts(tile, a, m, v, device)
     sizes = ((splits, a, v), (splits, a), (splits, a))
     out = [torch.empty(size, dtype=torch.float32, device=device) if t else None for size, t in zip(sizes, need, strict=True)]
     (row, drow), (col, dcol) = (
@@ -416,10 +343,15 @@ def gradient(sheet: Sheet, row: Tensor | None, col: Tensor | None, drow: Tensor 
     with on_device(x.high):
         _gradient[(blocks * splits * slices,)](
             *x, *y, sheet.scale, row_ids, col_ids, row_offset, col_offset, row, col, drow, dcol, *out, a, b, m, n, v, slices,
-            splits, share * tile.cols, OWN=sheet.own, **_options(tile),
+            splits, share, OWN=sheet.own, **options(tile),
         )  # fmt: skip
-    dx, dscale, doffset = (None if t is None else t[0] if splits == 1 else t.sum(0) for t in out)
+    dx, dscale, doffset = (added_up(t) for t in out)
     return dx, dscale, doffset
+
+
+def added_up(parts: Tensor | None) -> Tensor | None:
+    """What the programs found that share a block of rows, one after the other."""
+    return None if parts is None else parts[0] if parts.shape[0] == 1 else parts.sum(0)
 
 
 def _levels(lse: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -430,7 +362,7 @@ def _levels(lse: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     return level, grad * (level - exact).exp2_().float()
 
 
-def _options(tile: Config) -> dict[str, Any]:
+def options(tile: Config) -> dict[str, Any]:
     return dict(
         ROWS=tile.rows, COLS=tile.cols, WIDTH=tile.width, CHUNK=tile.chunk, num_warps=tile.warps, num_stages=tile.stages,
         maxnreg=REGISTERS,

@@ -16,12 +16,14 @@ pair loses depends on no other pair, so the backward needs none of the forward's
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backends.cpp import contrastive_sigmoid as compiled
+from ..backends.cpp import contrastive_sigmoid as cpp
 from ..backends.torch import contrastive_sigmoid as tiled
+from ..backends.triton import contrastive_sigmoid as triton
 from . import _checks, _dispatch
 from . import _contrastive_checks as check
 
@@ -37,23 +39,20 @@ torch.library.define(
 )
 
 
+_MODULES: dict[str, Any] = {"cpp": cpp, "triton": triton, "torch": tiled}  # fastest first
+
+
 def served(backend: str, x: Tensor, y: Tensor, scale: Tensor, item_ids: Tensor | None, offset: Tensor | None, rows: bool,
            cols: bool) -> ModuleType:  # fmt: skip
-    """The compiled kernel where it can serve (B=2,048, V=128, two threads: 54 ms against 134), else the torch backend; one
-    that was asked for by name and cannot is refused."""
-    if backend == "torch":
-        return tiled
-    reason = compiled.unavailable() or compiled.supports(x, y, scale, item_ids, offset, rows, cols)
-    if backend in ("auto", "cpp") and reason is None:
-        return compiled
+    """The first that can serve and claims to win; one that was asked for by name and cannot is refused."""
+    args = (x, y, scale, item_ids, offset, rows, cols)
     if backend == "auto":
-        return tiled
-    if backend == "cpp":
-        raise _dispatch.BackendError(f"backend 'cpp' cannot serve this call of contrastive_loss: {reason}")
-    raise _dispatch.BackendError(
-        f"backend {backend!r} of contrastive_loss serves kind='infonce' only; use backend='auto', 'cpp' or 'torch' for "
-        "kind='sigmoid'"
-    )
+        return next(m for m in _MODULES.values() if not (m.unavailable() or m.supports(*args)) and m.wins(*args))
+    chosen: ModuleType = _MODULES[backend]
+    reason = chosen.unavailable() or chosen.supports(*args)
+    if reason is not None:
+        raise _dispatch.BackendError(f"backend {backend!r} cannot serve this call of contrastive_loss: {reason}")
+    return chosen
 
 
 @torch.library.impl("em3::contrastive_sigmoid", "default")

@@ -96,7 +96,7 @@ def contrastive_loss(content: Tensor, ids_embedding: Tensor, *, item_ids: Tensor
             only, since looking waits for the device.
         weight: ``[B]`` or None: a factor ``w_i >= 0`` of each row's loss, checked as ``log_q`` is.
         negatives: ``[K, V]`` or None: further ID embeddings that ``content_to_id`` contrasts with.
-        kind: ``"infonce"`` or ``"sigmoid"``, which the Triton backend does not serve.
+        kind: ``"infonce"`` or ``"sigmoid"``.
         label_smoothing: from 0 to 1, of ``kind="infonce"``.
         direction: ``"both"``, ``"content_to_id"`` or ``"id_to_content"``.
         reduction: ``"mean"`` = ``sum(w l) / sum(w)`` (0 if that sum is 0), ``"sum"`` = ``sum(w l)``, ``"none"`` = ``w l``.

@@ -150,6 +150,25 @@ def test_contrastive_loss_of_every_width(v, backend):
     oracle.same_bits_twice(cl.op(backend), oracle.convert(args, torch.float32))
 
 
+@pytest.mark.parametrize("backend", oracle.backends("contrastive_loss", DEVICE))
+@pytest.mark.parametrize("kind", ["infonce", "sigmoid"])
+def test_contrastive_loss_of_hot_logits(kind, backend):
+    """Trained embeddings at a scale of 100: most logits of a row's candidates are far under its positive's, some are beside it."""
+    args = cl.make(2100, 16, ids=1500, scale=100.0, bias=-50.0, kind=kind)
+    near = args["content"] + 0.5 * torch.randn(2100, 16)
+    args["ids_embedding"] = near.detach().requires_grad_()
+    oracle.check(cl.op(backend), reference.contrastive_loss, on_gpu(args), torch.float32)
+
+
+@pytest.mark.parametrize("backend", oracle.backends("contrastive_loss", DEVICE))
+@pytest.mark.parametrize("duplicates", ["mask", "positive"])
+@pytest.mark.parametrize("v", [40, 77, 128, 200])
+def test_sigmoid_contrast_of_every_width(v, duplicates, backend):
+    args = on_gpu(cl.make(3000, v, k=300, ids=2000, log_q=True, weight=True, kind="sigmoid", duplicates=duplicates))
+    oracle.check(cl.op(backend), reference.contrastive_loss, args, torch.float32)
+    oracle.same_bits_twice(cl.op(backend), oracle.convert(args, torch.float32))
+
+
 def test_a_row_number_outside_the_bank_is_missing_and_an_error_under_debug_checks():
     args = on_gpu(lta.make(2, 2, 4, 6, 5, 3, holes=True))
     wild = args | {"ids": torch.tensor([[1, 10**12, 4], [-(10**12), 5, 0]], device=DEVICE)}

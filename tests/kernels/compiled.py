@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from em3.kernels import contrastive_loss, lora_linear, qformer_attention
+from em3.kernels import contrastive_loss, contrastive_sigmoid, lora_linear, qformer_attention
 from em3.kernels.launch import REGISTERS, table
 
 TARGETS = (80, 90, 100)
@@ -30,7 +30,10 @@ QFORMER = {
     "query_gradient": qformer_attention._query_gradient,
     "token_gradient": qformer_attention._token_gradient,
 }
-CONTRAST = {"statistics": contrastive_loss._statistics, "gradient": contrastive_loss._gradient}
+CONTRAST = {
+    "infonce": {"statistics": contrastive_loss._statistics, "gradient": contrastive_loss._gradient},
+    "sigmoid": {"statistics": contrastive_sigmoid._sums, "gradient": contrastive_sigmoid._gradient},
+}
 ADAPTERS = {"low_rank": lora_linear._low_rank, "collect": lora_linear._collect, "add_up": lora_linear._add_up}
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -112,23 +115,28 @@ def qformer(dtypes: tuple[torch.dtype, ...] = tuple(TYPES), *, precision: str = 
             yield Case(name, function, target, tile, types, constants, frozenset(types) - {"factor", *"x" * (not aligned)}, SHARED, " ".join(flags))
 
 
-def contrast(given: str = "ids offset", asked: str = "rows cols", coarse: bool = False) -> Iterator[Case]:
-    """Every tile of the table, for the target that it is for. ``coarse``: one product, where TF32 is allowed."""
-    for target, (name, function) in itertools.product(TARGETS, CONTRAST.items()):
+def contrast(given: str = "ids offset", asked: str = "rows cols", coarse: bool = False, kind: str = "infonce",
+             positive: bool = False) -> Iterator[Case]:  # fmt: skip
+    """Every tile of the table, for the target that it is for. ``coarse``: one product, where TF32 is allowed. ``positive``:
+    so are the pairs of an item, in the kind "sigmoid"."""
+    for target, (name, function) in itertools.product(TARGETS, CONTRAST[kind].items()):
         names = set(function.arg_names)
         loose = {n: "*i32" for n in names if n.endswith("_ids")}
         loose |= {n: "*fp32" for n in names if n.endswith(("_offset", "_lse", "_grad"))}
         types = dict.fromkeys(names & {"x", "x_low", "y", "y_low", "a", "a_low", "b", "b_low"}, "*fp16")
-        types |= dict.fromkeys(names & {"x_size", "y_size", "a_size", "b_size", "rows", "cols", "da", "dscale", "doffset"}, "*fp32")
+        types |= dict.fromkeys(names & {"x_size", "y_size", "a_size", "b_size", "rows", "cols", "da", "dscale", "dbias", "doffset"}, "*fp32")
         absent = {n for n in names if n.endswith("_low")} if coarse else set()
         absent |= {n for n in names for what in ("ids", "offset") if n.endswith(what) and what not in given}
         absent |= {n for way, words in (("rows", ("rows", "a_lse", "a_grad")), ("cols", ("cols", "b_lse", "b_grad")))
                    for n in words if n in names and way not in asked}  # fmt: skip
-        for _, *numbers in table("contrastive_loss")[f"sm_{target}"][name]:
+        tiles = table(f"contrastive_{'sigmoid' if kind == 'sigmoid' else 'loss'}")[f"sm_{target}"]
+        for _, *numbers in tiles[f"{name}_positive" if positive and name == "gradient" else name]:
             tile = contrastive_loss.Config(*numbers)
             constants = dict(ROWS=tile.rows, COLS=tile.cols, WIDTH=tile.width, CHUNK=tile.chunk, OWN=True) | dict.fromkeys(absent)
-            yield Case(name, function, target, tile, types | loose | {"scale": "*fp64"}, constants, frozenset(types) | {"V"},
-                       SHARED if target == 80 else LARGE, f"{'tf32' if coarse else 'float32'} {given or 'plain'}, {asked}")  # fmt: skip
+            constants |= {"POSITIVE": positive} if kind == "sigmoid" else {}
+            words = f"{'tf32' if coarse else 'float32'} {kind}{', positives' * positive}, {given or 'plain'}, {asked}"
+            yield Case(name, function, target, tile, types | loose | {"scale": "*fp64", "bias": "*fp64"}, constants,
+                       frozenset(types) | {"V"}, SHARED if target == 80 else LARGE, words)  # fmt: skip
 
 
 def splitting() -> Iterator[Case]:
@@ -204,6 +212,13 @@ def cases(op: str) -> Iterator[Case]:
         yield from contrast(coarse=True)
         yield from contrast(given="", asked="rows", coarse=True)
         yield from splitting()
+    if op == "contrastive_sigmoid":
+        yield from contrast(kind="sigmoid")
+        yield from contrast(kind="sigmoid", positive=True)
+        yield from contrast(kind="sigmoid", given="")
+        yield from contrast(kind="sigmoid", given="ids", positive=True)
+        yield from contrast(kind="sigmoid", coarse=True)
+        yield from contrast(kind="sigmoid", given="", asked="rows", coarse=True)
     if op == "lora_linear":
         yield from adapters()
         yield from adapters((*half, *full), dropped=True)
@@ -215,7 +230,7 @@ def cases(op: str) -> Iterator[Case]:
         yield from adapters((*half, *full), forms="add_up")
 
 
-OPS = ("qformer_attention", "lora_linear", "lora_target_attention", "contrastive_loss")
+OPS = ("qformer_attention", "lora_linear", "lora_target_attention", "contrastive_loss", "contrastive_sigmoid")
 
 
 def main(ops: list[str]) -> int:

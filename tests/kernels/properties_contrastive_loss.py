@@ -25,7 +25,7 @@ def tiles(monkeypatch):
     """Call it with a tile's name and the number of programs that a launch aims at."""
 
     def use(name: str, waves: int) -> None:
-        monkeypatch.setattr(kernels, "config", lambda kernel, v, device: TILES[name])
+        monkeypatch.setattr(kernels, "config", lambda *args: TILES[name])
         monkeypatch.setattr(kernels, "waves", lambda device: waves)
 
     return use

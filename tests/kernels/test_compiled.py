@@ -19,12 +19,13 @@ CASES = [
       if case.tile.width == case.tile.chunk == WIDEST and case.target == 90),
     *(case for case in compiled.adapters((torch.bfloat16,), forms="backward", ranks=(128,), dropped=True) if case.target == 80),
     *(case for case in compiled.contrast() if case.tile.width == case.tile.chunk == 128 and case.target == 90),
+    *(case for case in compiled.contrast(kind="sigmoid", positive=True) if case.tile.width == case.tile.chunk == 128 and case.target == 80),
 ]  # fmt: skip
 TABLES = [
     *(pytest.param(compiled.qformer_attention, name, rows, id=f"{name}, {kind}")
       for name, kinds in compiled.table("qformer_attention").items() if name in compiled.QFORMER for kind, rows in kinds.items()),
-    *(pytest.param(compiled.contrastive_loss, name, rows, id=f"{name}, sm_{target}")
-      for target in compiled.TARGETS for name, rows in compiled.table("contrastive_loss")[f"sm_{target}"].items()),
+    *(pytest.param(compiled.contrastive_loss, name, rows, id=f"{op}, {name}, sm_{target}") for op in ("contrastive_loss", "contrastive_sigmoid")
+      for target in compiled.TARGETS for name, rows in compiled.table(op)[f"sm_{target}"].items()),
 ]  # fmt: skip
 
 

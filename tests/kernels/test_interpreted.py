@@ -27,7 +27,7 @@ LEFT_OUT = (
 )
 
 
-OPS = ("qformer_attention", "lora_linear", "lora_target_attention", "contrastive_loss")
+OPS = ("qformer_attention", "lora_linear", "lora_target_attention", "contrastive_loss", "contrastive_sigmoid")
 
 
 @needs_triton

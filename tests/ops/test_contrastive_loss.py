@@ -18,7 +18,6 @@ from em3.ops import _contrastive_whole
 from tests import oracle
 
 BACKENDS = oracle.backends("contrastive_loss")
-WITHOUT_TRITON = [backend for backend in BACKENDS if backend.values[0] != "triton"]
 COMPILED = BACKENDS[:1]
 # Under -1 no logit is small enough for the single exponential: the way of a GPU, and of inputs that no shift fits.
 SUMS = [tiled.LARGEST_LOGIT, -1.0]
@@ -283,11 +282,8 @@ def test_every_default_dtype_and_device(kind, given, dtype):
     assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
 
 
-@pytest.mark.parametrize(("backend", "options"), [
-    *(pytest.param(*backend.values, options, marks=backend.marks)
-      for backend in BACKENDS for options in (dict(duplicates="positive"), dict(label_smoothing=0.1))),
-    *(pytest.param(*backend.values, dict(kind="sigmoid"), marks=backend.marks) for backend in WITHOUT_TRITON),
-])  # fmt: skip
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", [dict(duplicates="positive"), dict(label_smoothing=0.1), dict(kind="sigmoid")], ids=str)
 def test_torch_compile_fullgraph_and_autocast(backend, options):
     args = oracle.convert(make(20, 8, k=3, ids=9, log_q=True, weight=True, **options), torch.float32)
     torch._dynamo.reset()

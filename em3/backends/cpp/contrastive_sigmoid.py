@@ -11,9 +11,10 @@ from torch import Tensor
 from . import contrastive_loss as compiled
 from . import unavailable
 
-__all__ = ["backward", "forward", "supports", "unavailable", "whole_backward", "whole_forward"]
+__all__ = ["backward", "forward", "supports", "unavailable", "whole_backward", "whole_forward", "wins"]
 
 supports, whole_forward, whole_backward = compiled.supports, compiled.whole_forward, compiled.whole_backward
+wins = compiled.wins  # B=2,048, V=128, two threads: 54 ms against 134 of the torch backend
 
 
 def forward(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, item_ids: Tensor | None, offset: Tensor | None, rows: bool,

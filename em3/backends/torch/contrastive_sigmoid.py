@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from . import contrastive_loss as tiled
-from .contrastive_loss import Sheet
+from .contrastive_loss import Sheet, supports, unavailable, wins
+
+__all__ = ["backward", "forward", "supports", "unavailable", "wins"]
 
 
 def forward(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, item_ids: Tensor | None, offset: Tensor | None, rows: bool,

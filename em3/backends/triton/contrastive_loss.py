@@ -42,8 +42,8 @@ def forward(x: Tensor, y: Tensor, scale: Tensor, item_ids: Tensor | None, offset
     if not b or not y.shape[0]:
         row, col = (scale.new_full((count if asked else 0,), -torch.inf) for count, asked in ((b, rows), (n, cols)))
         return row, col
-    sheet = _sheet(x, y, scale, item_ids, offset, apart)
-    found: tuple[Tensor, Tensor] = kernel("contrastive_loss").statistics(sheet, rows, cols)
+    given = sheet(x, y, scale, item_ids, offset, apart)
+    found: tuple[Tensor, Tensor] = kernel("contrastive_loss").statistics(given, rows, cols)
     return found
 
 
@@ -57,29 +57,32 @@ def backward(drow: Tensor | None, dcol: Tensor | None, x: Tensor, y: Tensor, sca
     # A direction without a statistic has no gradient either.
     drow, dcol = (d if t.numel() else None for d, t in ((drow, row), (dcol, col)))
     if b and m and (drow is not None or dcol is not None):
-        gradient, sheet = kernel("contrastive_loss").gradient, _sheet(x, y, scale, item_ids, offset, apart)
-        exchanged = sheet._replace(rows=sheet.cols, cols=sheet.rows)
+        gradient, given = kernel("contrastive_loss").gradient, sheet(x, y, scale, item_ids, offset, apart)
+        exchanged = given._replace(rows=given.cols, cols=given.rows)
         if need_x or need_scale or need_offset:
-            dx, to_scale, down = gradient(sheet, row, col, drow, dcol, (need_x, need_scale, need_offset))
+            dx, to_scale, down = gradient(given, row, col, drow, dcol, (need_x, need_scale, need_offset))
         if need_y or need_offset:
             dy, _, across = gradient(exchanged, col, row, dcol, drow, (need_y, False, need_offset))
     # The terms of the scale's gradient may cancel: they are summed in float64.
     dscale = None if to_scale is None else to_scale.sum(dtype=scale.dtype)
-    doffset = None if down is None or across is None else _of_offset(down, across, apart)
-    wanted = ((x, need_x, dx), (y, need_y, dy), (scale, need_scale, dscale), (offset, need_offset, doffset))
-    # A tensor of its own for each: an operator's outputs must not alias.
-    dx, dy, dscale, doffset = (
-        x.new_empty(0) if not need or like is None else _result(like, gradient) for like, need, gradient in wanted
-    )
-    return dx, dy, dscale, doffset
+    doffset = None if down is None or across is None else of_offset(down, across, apart)
+    return results((x, y, scale, offset), need, (dx, dy, dscale, doffset))
 
 
-def _of_offset(down: Tensor, across: Tensor, apart: int | None) -> Tensor:
+def of_offset(down: Tensor, across: Tensor, apart: int | None) -> Tensor:
     """The gradient in the form in which ``offset`` came, from those of the rows and of the columns as candidates."""
     if apart is not None:
         return torch.cat([down, across])
     across[: down.shape[0]] += down
     return across
+
+
+def results(like: tuple[Tensor | None, ...], need: list[bool], gradients: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+    """What a backward returns: a tensor of its own for each, for an operator's outputs must not alias."""
+    x = like[0]
+    assert x is not None
+    wanted = zip(like, need, gradients, strict=True)
+    return tuple(x.new_empty(0) if not n or t is None else _result(t, gradient) for t, n, gradient in wanted)
 
 
 def _result(like: Tensor, gradient: Tensor | None) -> Tensor:
@@ -89,7 +92,7 @@ def _result(like: Tensor, gradient: Tensor | None) -> Tensor:
     return gradient[..., : like.shape[-1]].contiguous() if like.dim() == 2 else gradient
 
 
-def _sheet(x: Tensor, y: Tensor, scale: Tensor, item_ids: Tensor | None, offset: Tensor | None, apart: int | None) -> Any:
+def sheet(x: Tensor, y: Tensor, scale: Tensor, item_ids: Tensor | None, offset: Tensor | None, apart: int | None) -> Any:
     kernels = kernel("contrastive_loss")
     b, n = x.shape[0], x.shape[0] if apart is None else apart
     first = 0 if apart is None else b  # where the ids and offsets of columns begin
