@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import glob
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -89,8 +89,10 @@ def written_by_us(path: str | os.PathLike[str]) -> Iterator[None]:
     """
     target = Path(path)
     with _held(target.with_name(f".{target.name}{LOCK}"), f"{path}: process", "is writing it; let it end", wait=False):
-        for left_behind in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
-            left_behind.unlink()
+        temporary = re.compile(re.escape(f".{target.name}.") + r"\d+\.tmp")  # as `atomic` names it, not those of NAME.more
+        for left_behind in target.parent.iterdir():
+            if temporary.fullmatch(left_behind.name):
+                left_behind.unlink()
         yield
 
 
@@ -109,4 +111,8 @@ def _held(path: Path, who: str, does_what: str, wait: bool) -> Iterator[None]:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        yield
+        try:
+            yield
+        finally:  # closing would not do: a child that was forked meanwhile has the file open too
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_UN)

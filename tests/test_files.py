@@ -6,11 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from em3.files import LockedError, atomic, locked, whole_lines
+from em3.files import LockedError, atomic, locked, whole_lines, written_by_us
 
 
 def test_new_content_in_new_folders(tmp_path: Path) -> None:
@@ -98,6 +99,29 @@ def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
     for _ in range(2):
         with locked(folder):
             assert (folder / ".lock").read_text() == str(os.getpid())
+
+
+def test_a_child_that_was_forked_meanwhile_does_not_keep_the_lock(tmp_path: Path) -> None:
+    with locked(tmp_path):
+        child = os.fork()
+        if not child:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        with locked(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_what_a_killed_writer_left_and_what_another_still_writes(tmp_path: Path) -> None:
+    left, other = tmp_path / ".bank.123.tmp", tmp_path / ".bank.v2.123.tmp"
+    left.touch()
+    other.touch()
+    with written_by_us(tmp_path / "bank"):
+        assert not left.exists()
+        assert other.exists()
 
 
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from ..layers._given import not_plain
+
 QFORMERS = {
     "transformers.models.blip_2.modeling_blip_2": "Blip2",
     "transformers.models.instructblip.modeling_instructblip": "InstructBlip",
@@ -23,15 +25,6 @@ def loaded(names: Iterable[tuple[str, str]]) -> tuple[type, ...]:
 def qformer_classes(suffix: str) -> tuple[type, ...]:
     """``Blip2QFormer{suffix}`` and its like, where transformers has been asked for them."""
     return loaded((module, f"{prefix}QFormer{suffix}") for module, prefix in QFORMERS.items())
-
-
-def not_plain(layer: object) -> str | None:
-    """Why ``layer`` is more, or something else, than a product with a weight and a bias; None if it is just that."""
-    if type(layer) is not nn.Linear:
-        return f"was {type(layer).__module__}.{type(layer).__qualname__}, must be torch.nn.Linear"
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
-        return "had hooks, which would not be called"
-    return "had a forward of its own" if "forward" in vars(layer) else None
 
 
 def plain_parameters(layer: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:

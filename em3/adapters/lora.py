@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ..files import atomic
 from ..layers import LoRALinear
-from ._foreign import not_plain
+from ..layers._given import not_plain
 
+DEFAULTS = {"r": 8, "lora_alpha": 8}  # PEFT's
 CONFIG, STATE = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"^base_model\.model\.(?P<layer>.+)\.lora_(?P<factor>[AB])\.weight$")
 # What makes an adapter another formula, or reaches beyond the linear layers that it adapts.
@@ -48,8 +49,9 @@ def load_lora(model: nn.Module, source: Any) -> dict[str, LoRALinear]:
     _check_plain(fields)
     factors = _factors_of(state)
     made: dict[str, LoRALinear] = {}
+    modules = dict(model.named_modules())
     for name, (a, b) in factors.items():
-        linear = _linear(model, name)
+        linear = _linear(modules, name)
         _check_fit(name, linear, a, b, _of_layer(fields, "r", "rank_pattern", name))
         alpha = _of_layer(fields, "lora_alpha", "alpha_pattern", name)
         # An empty layer, lest what follows fails halfway: its weight is the model's and only taken over at the end.
@@ -58,7 +60,7 @@ def load_lora(model: nn.Module, source: Any) -> dict[str, LoRALinear]:
             dropout=fields.get("lora_dropout", 0.0), device="meta", dtype=linear.weight.dtype,
         )  # fmt: skip
     for name, layer in made.items():
-        linear = _linear(model, name)
+        linear = _linear(modules, name)
         layer.weight, layer.bias = linear.weight.requires_grad_(False), linear.bias
         if linear.bias is not None:
             linear.bias.requires_grad_(False)
@@ -96,6 +98,8 @@ def save_lora(model: nn.Module, folder: str | Path, config: Any = None) -> None:
     """
     layers = _layers(model)
     fields = _made_config(layers) if config is None else _fields(config)
+    _check_plain(fields)
+    _check_targets(fields, layers)
     for name, layer in layers.items():
         for attribute, field, pattern in (("rank", "r", "rank_pattern"), ("alpha", "lora_alpha", "alpha_pattern")):
             says, has = _of_layer(fields, field, pattern, name), getattr(layer, attribute)
@@ -146,6 +150,22 @@ def _check_plain(fields: Mapping[str, Any]) -> None:
         )
 
 
+def _check_targets(fields: Mapping[str, Any], layers: Mapping[str, LoRALinear]) -> None:
+    """A folder whose configuration names other layers loads as another model."""
+    for name in layers:
+        for field, must in (("target_modules", True), ("exclude_modules", False)):
+            if fields.get(field) and _names(fields[field], name) != must:
+                raise ValueError(f"config.{field}: was {fields[field]!r}, must {'name' if must else 'not name'} {name}, "
+                                 "which the model has an adapter for")  # fmt: skip
+
+
+def _names(given: str | Sequence[str], layer: str) -> bool:
+    """Whether a field of names names a layer, as PEFT reads it: a pattern of whole names, or names' ends."""
+    if isinstance(given, str):
+        return given == "all-linear" or re.fullmatch(given, layer) is not None
+    return any(layer == name or layer.endswith(f".{name}") for name in given)
+
+
 def _factors_of(state: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """``A [R, C]`` and ``B [D, R]`` of each layer."""
     found: dict[str, dict[str, Tensor]] = {}
@@ -162,8 +182,8 @@ def _factors_of(state: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]
     return {name: (factors["A"], factors["B"]) for name, factors in found.items()}
 
 
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    module = dict(model.named_modules()).get(name)
+def _linear(modules: Mapping[str, nn.Module], name: str) -> nn.Linear:
+    module = modules.get(name)
     why = "is missing" if module is None else not_plain(module)
     if why is not None:
         raise ValueError(f"model.{name}: {why}, which the adapter was trained for")
@@ -187,7 +207,7 @@ def _of_layer(fields: Mapping[str, Any], field: str, pattern: str, name: str) ->
     for key, value in (fields.get(pattern) or {}).items():
         if re.match(rf"(.*\.)?({key})$", name):
             return value
-    return fields[field]
+    return fields.get(field, DEFAULTS[field])
 
 
 def _layers(model: nn.Module) -> dict[str, LoRALinear]:

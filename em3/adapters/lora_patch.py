@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..layers._given import not_plain
 from ..ops._checks import autocast_is_on
 from ..ops.lora_linear import lora_linear
-from ._foreign import loaded, not_plain
+from ._foreign import loaded
 from ._patched import Patched, say_once, subclass
 
 WHAT = "linear layers with LoRA adapters of PEFT (lora.Linear)"

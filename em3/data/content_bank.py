@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..files import atomic, written_by_us
+from ..ops import _checks
 from .tensor_file import Kind, TensorFile, TensorFileWriter, as_json, check_rows
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -100,7 +101,7 @@ class ContentBank:
             OSError: also before anything is computed, if the disk has not enough room.
         """
         for name, value, least in (("num_rows", num_rows, 0), ("width", width, 1)):
-            if not isinstance(value, int) or value < least:
+            if not _checks.is_count(value) or value < least:
                 raise ValueError(f"{name}: was {value!r}, must be an integer of at least {least}")
         cls(torch.empty(0, width, dtype=dtype))
         with written_by_us(path):
@@ -195,7 +196,8 @@ class ContentBank:
         target = self.path if path is None else Path(path)
         if target is None:
             raise ValueError("path: was None, must be the path of a file for a bank in memory")
-        own = self.path is not None and target.absolute() == self.path.absolute()
+        target = target.resolve()
+        own = target == self.path
         with written_by_us(target):
             if own:
                 self._check_is_the_same()
@@ -231,7 +233,8 @@ class ContentBank:
         self._file.verify()
 
     def _map(self, path: str | os.PathLike[str]) -> None:
-        file = TensorFile(path, KIND, private=True)
+        # Of a path that is resolved once: the working directory may change, and a link stays a link.
+        file = TensorFile(Path(path).resolve(), KIND, private=True)
         self._file, self._rows, self._written = file, file.tensor(ROWS), False
         self._about = json.loads(file.metadata["about"])
 
@@ -253,7 +256,7 @@ class ContentBank:
             return ContentBank, (self._rows,)
         if self._written:
             raise ContentBankError(f"{self.path}: rows were written and not saved, and a pickled bank is its file; save() first")
-        return ContentBank.open, (self.path.absolute(),)
+        return ContentBank.open, (self.path,)
 
     def __repr__(self) -> str:
         where = "in memory" if self.path is None else repr(str(self.path))

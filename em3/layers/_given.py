@@ -7,17 +7,16 @@ arguments.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops import _checks, _dispatch
 from ..ops.qformer_attention import STRATEGIES, batch_of, parse
 
 
 def size(name: str, value: Any, least: int = 1) -> None:
-    if not isinstance(value, Integral) or value < least:
+    if not _checks.is_count(value) or value < least:
         raise ValueError(f"{name}: was {value!r}, must be an integer of at least {least}")
 
 
@@ -30,13 +29,8 @@ def sizes(name: str, values: Any) -> None:
 
 def heads(num_heads: Any, dim: Any, name: str = "dim") -> None:
     size(name, dim)
-    if not isinstance(num_heads, Integral) or num_heads < 1 or dim % num_heads:
+    if not _checks.is_count(num_heads) or num_heads < 1 or dim % num_heads:
         raise ValueError(f"num_heads: was {num_heads!r}, must be at least 1 and divide {name} {dim}")
-
-
-def probability(name: str, value: Any) -> None:
-    if not _checks.is_number(value) or not 0 <= value <= 1:
-        raise ValueError(f"{name}: was {value!r}, must be a probability from 0 to 1")
 
 
 def number(name: str, value: Any) -> None:
@@ -87,3 +81,12 @@ def streams(given: Any, masks: Any, token_dims: Sequence[int], parameter: Tensor
 
 def _made(token_dims: Sequence[int]) -> str:
     return f"as the layer was made (token_dims={list(token_dims)})"
+
+
+def not_plain(layer: object) -> str | None:
+    """Why ``layer`` is more, or something else, than a product with a weight and a bias; None if it is just that."""
+    if type(layer) is not nn.Linear:
+        return f"was {type(layer).__module__}.{type(layer).__qualname__}, must be torch.nn.Linear"
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        return "had hooks, which would not be called"
+    return "had a forward of its own" if "forward" in vars(layer) else None

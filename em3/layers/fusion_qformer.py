@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..jagged import Jagged
+from ..ops import _checks
 from . import _given
 from .mean_tokens import MeanTokens
 from .qformer_attention import QFormerAttention
@@ -62,7 +63,7 @@ class FusionQFormer(nn.Module):
         for name, value in counts.items():
             _given.size(name, value)
         for name, share in dict(dropout=dropout, attention_dropout=attention_dropout).items():
-            _given.probability(name, share)
+            _checks.probability(share, name)
         if norm not in ("pre", "post"):
             raise ValueError(f"norm: was {norm!r}, must be 'pre' or 'post'")
         self.dropout = dropout

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..ops import _checks
 from ..ops.lora_linear import lora_linear
 from . import _given
 
@@ -47,8 +48,9 @@ class LoRALinear(nn.Module):
                     use_rslora: bool = False, dropout: float = 0.0, train_base: bool = False,
                     backend: str | None = None) -> LoRALinear:  # fmt: skip
         """Around an existing layer, whose weight and bias are taken over, not copied, and frozen or trained as asked."""
-        if not isinstance(linear, nn.Linear):
-            raise ValueError(f"linear: was {type(linear).__name__}, must be torch.nn.Linear")
+        why = _given.not_plain(linear)
+        if why is not None:
+            raise ValueError(f"linear: {why}")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._set_up(linear, rank, alpha, num_adapters, use_rslora, dropout, train_base, backend)
@@ -60,9 +62,10 @@ class LoRALinear(nn.Module):
         if num_adapters is not None:
             _given.size("num_adapters", num_adapters)
         _given.number("alpha", alpha)
-        _given.probability("dropout", dropout)
+        _checks.probability(dropout, "dropout")
         _given.choices("auto", backend)
-        self.rank, self.alpha, self.num_adapters, self.use_rslora = rank, alpha, num_adapters, use_rslora
+        alpha = alpha if isinstance(alpha, (int, float)) else float(alpha)  # what JSON can hold
+        self.rank, self.alpha, self.num_adapters, self.use_rslora = int(rank), alpha, num_adapters, use_rslora
         self.scaling = alpha / (math.sqrt(rank) if use_rslora else rank)
         self.dropout, self.backend = dropout, backend
         self.weight = base.weight.requires_grad_(train_base)

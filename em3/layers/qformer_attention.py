@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..jagged import Jagged
+from ..ops import _checks
 from ..ops.qformer_attention import qformer_attention
 from ..ops.qformer_attention_weights import qformer_attention_weights
 from . import _given
@@ -33,7 +34,7 @@ class QFormerAttention(nn.Module):
         super().__init__()
         _given.sizes("token_dims", token_dims)
         _given.heads(num_heads, dim)
-        _given.probability("dropout", dropout)
+        _checks.probability(dropout, "dropout")
         _given.choices(strategy, backend)
         self.num_heads, self.dropout, self.strategy, self.backend = num_heads, dropout, strategy, backend
         self.w_q = nn.Parameter(torch.empty(dim, dim))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, NoReturn
 
 import torch
@@ -43,6 +43,16 @@ def debug_checks() -> Iterator[None]:
 def is_number(given: Any) -> bool:
     """Python's or numpy's, and no truth value."""
     return isinstance(given, Real) and not isinstance(given, bool)
+
+
+def is_count(given: Any) -> bool:
+    """An integer of Python or numpy, and no truth value."""
+    return isinstance(given, Integral) and not isinstance(given, bool)
+
+
+def probability(given: Any, name: str) -> None:
+    if not is_number(given) or not 0 <= given <= 1:
+        raise ValueError(f"{name}: was {given!r}, must be a probability from 0 to 1")
 
 
 def tensor(given: Any, name: str, must: str = "") -> None:
@@ -89,8 +99,8 @@ def same_device(first_name: str, first: Tensor, others: dict[str, Tensor | None]
 
 
 def divides(num_heads: int, width: int, name: str) -> None:
-    if isinstance(num_heads, float) or num_heads < 1 or width % num_heads:
-        raise ValueError(f"num_heads: was {num_heads}, must be at least 1 and divide the width {width} of {name}")
+    if not is_count(num_heads) or num_heads < 1 or width % num_heads:
+        raise ValueError(f"num_heads: was {num_heads!r}, must be at least 1 and divide the width {width} of {name}")
 
 
 def one_of(value: str, allowed: Sequence[str], name: str) -> None:
@@ -155,26 +165,53 @@ def no_second_order(op: str) -> None:
     """Make a gradient of the gradients of ``em3::op`` an error; without this it would be zero, silently."""
 
     def refuse(ctx: Any, *grads: Any) -> NoReturn:
-        raise RuntimeError(f"em3.ops.{op} has no second-order gradients")
+        no_gradient_of_a_gradient(op)
 
     torch.library.register_autograd(f"em3::{op}_backward", refuse)
 
 
+def no_gradient_of_a_gradient(op: str) -> NoReturn:
+    raise RuntimeError(f"em3.ops.{op} has no second-order gradients")
+
+
+class _Anchor(torch.autograd.Function):
+    """Nothing, behind the graph of some tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, op: str, *tensors: Tensor | None) -> Tensor:
+        ctx.op = op
+        return torch.empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> NoReturn:
+        no_gradient_of_a_gradient(ctx.op)
+
+
+def anchor(op: str, tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """What ties gradients to the inputs that they are of and, unlike these, holds no memory between forward and backward;
+    None where no gradient is asked for."""
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
+        return None
+    found: Tensor = _Anchor.apply(op, *tensors)
+    return found
+
+
 class NoSecondOrder(torch.autograd.Function):
     """First-order gradients that have none of their own, of an operation that is one step of autograd: ``op``, the upstream
-    gradient, the inputs and as many gradients -> the gradients. Without this the next ones would be zero, or wrong, silently.
+    gradient, an anchor of the inputs and the gradients -> the gradients. Without this the next ones would be zero, or wrong,
+    silently.
 
     They depend on the inputs even where the upstream gradient is a constant, as that of ``loss.backward()`` is.
     """
 
     @staticmethod
-    def forward(ctx: Any, op: str, upstream: Tensor, *inputs_and_grads: Tensor | None) -> Any:
+    def forward(ctx: Any, op: str, upstream: Tensor, anchor: Tensor, *grads: Tensor | None) -> Any:
         ctx.op = op
-        return tuple(None if g is None else g.clone() for g in inputs_and_grads[len(inputs_and_grads) // 2 :])
+        return tuple(None if g is None else g.clone() for g in grads)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> NoReturn:
-        raise RuntimeError(f"em3.ops.{ctx.op} has no second-order gradients")
+        no_gradient_of_a_gradient(ctx.op)
 
 
 def autocast_is_on(device: torch.device) -> bool:
@@ -184,7 +221,7 @@ def autocast_is_on(device: torch.device) -> bool:
 
 def eager_on_cpu(weights: Sequence[Tensor | None], values: Sequence[Tensor]) -> bool:
     """Whether a call is an eager one of plain tensors on the CPU, the queries and weights in float32."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     given = [t for t in weights if t is not None]
     plain = all(type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu for t in (*given, *values))

@@ -43,7 +43,8 @@ def loss(content: Tensor, ids_embedding: Tensor, negatives: Tensor | None, logit
         for n in (logit_scale, logit_bias)
     )
     inputs = (content, ids_embedding, negatives, scale, bias, log_q, weight)
-    found: Tensor = _Whole.apply(chosen, item_ids, options, torch.is_grad_enabled(), *inputs)
+    anchor = _checks.anchor("contrastive_loss", inputs)
+    found: Tensor = _Whole.apply(chosen, item_ids, options, (anchor,), *inputs)
     return found
 
 
@@ -62,12 +63,13 @@ def _chosen(content: Tensor, negatives: Tensor | None, item_ids: Tensor | None, 
 
 class _Whole(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, module: ModuleType, item_ids: Tensor | None, options: dict[str, Any], gradients: bool,
+    def forward(ctx: Any, module: ModuleType, item_ids: Tensor | None, options: dict[str, Any], anchor: tuple[Tensor | None],
                 *inputs: Tensor | None) -> Tensor:  # fmt: skip
         content, _, negatives, *_, weight = inputs
         assert content is not None
         # needs_input_grad is what tensors require, under no_grad too.
-        ctx.need = [n and gradients for n in ctx.needs_input_grad[4:]]
+        (ctx.anchor,) = anchor
+        ctx.need = [n and ctx.anchor is not None for n in ctx.needs_input_grad[4:]]
         m = content.shape[0] + (0 if negatives is None else negatives.shape[0])
         keep = any(ctx.need) and m <= KEPT * content.shape[1]
         found, state = module.whole_forward(list(inputs), item_ids, options, keep)
@@ -85,6 +87,5 @@ class _Whole(torch.autograd.Function):
         grads = ctx.module.whole_backward(grad, inputs, item_ids, ctx.options, state, ctx.need)
         grads = [None if g is None else g.to(t.dtype).view(t.shape) for g, t in zip(grads, inputs, strict=True)]
         if torch.is_grad_enabled():  # under create_graph
-            asked = [t if n else None for t, n in zip(inputs, ctx.need, strict=True)]
-            grads = list(_checks.NoSecondOrder.apply("contrastive_loss", grad, *asked, *grads))
+            grads = list(_checks.NoSecondOrder.apply("contrastive_loss", grad, ctx.anchor, *grads))
         return None, None, None, None, *grads

@@ -18,15 +18,17 @@ from ._pooling import Pooling
 def attend(targets: Tensor, ids: Tensor, offsets: Tensor | None, bank: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor,
            w_o: Tensor, num_heads: int, bias: Tensor | None, pool: Pooling, backend: str) -> Tensor:  # fmt: skip
     """``targets [B, M, D]`` -> ``[B, M, D]``, with the adapted weights ``w_k`` and ``w_v [D, C]``."""
-    found: Tensor = _Step.apply((ids, offsets, num_heads, pool, backend), targets, w_q, w_k, w_v, w_o, bank, bias)
-    return found
+    given = (targets, w_q, w_k, w_v, w_o, bank, bias)
+    anchor = _checks.anchor("lora_target_attention", given)
+    found: Tensor = _Step.apply((ids, offsets, num_heads, pool, backend, anchor), *given)
+    return found.view(targets.shape)  # here: what a function of autograd returns as a view cannot be changed in place
 
 
 class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, how: Any, targets: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor, bank: Tensor,
                 bias: Tensor | None) -> Tensor:  # fmt: skip
-        ids, offsets, h, pool, backend = how
+        ids, offsets, h, pool, backend, ctx.anchor = how
         batch, m, d = targets.shape
         e, c = d // h, bank.shape[1]
         flat = targets.reshape(batch * m, d)
@@ -39,17 +41,14 @@ class _Step(torch.autograd.Function):
         read = o.view(h, batch * m, e).transpose(0, 1).reshape(batch * m, d)
         ctx.how = (h, pool, backend)
         ctx.save_for_backward(flat, scaled, w_k, w, w_o, rows, u, read, ids, offsets, bank, bias, y, o, lse)
-        # Not saved: they are not read, and whoever owns them may have written to them meanwhile.
-        given = (targets, w_q, w_k, w_v, w_o, bank, bias)
-        ctx.inputs = [t if n else None for t, n in zip(given, ctx.needs_input_grad[1:], strict=True)]
-        return (read @ w_o.t()).view(batch, m, d)
+        return read @ w_o.t()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         with torch.no_grad(), _checks.no_autocast(grad.device):
             grads = _gradients(ctx, grad)
         if torch.is_grad_enabled():  # under create_graph
-            grads = list(_checks.NoSecondOrder.apply("lora_target_attention", grad, *ctx.inputs, *grads))
+            grads = list(_checks.NoSecondOrder.apply("lora_target_attention", grad, ctx.anchor, *grads))
         return None, *grads
 
 

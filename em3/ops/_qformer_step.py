@@ -21,14 +21,16 @@ def attend(q: Tensor, streams: Sequence[Stream], w_k: Sequence[Tensor], w_v: Seq
            b_v: Sequence[Tensor | None], batch: int, seed: Tensor | None, dropout: float, backend: str) -> Tensor:  # fmt: skip
     """The queries of each head, scaled, ``[1 or B, Q, H, E]`` -> what they have read, ``[B, Q, D]``."""
     values, offsets, masks = (list(t) for t in zip(*streams, strict=True))
-    found: Tensor = _Step.apply((offsets, masks, batch, dropout, backend), seed, q, *w_k, *w_v, *b_k, *b_v, *values)
+    given = (q, *w_k, *w_v, *b_k, *b_v, *values)
+    anchor = _checks.anchor("qformer_attention", given)
+    found: Tensor = _Step.apply((offsets, masks, batch, dropout, backend, anchor), seed, *given)
     return found
 
 
 class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, how: Any, seed: Tensor | None, q: Tensor, *tensors: Any) -> Tensor:
-        offsets, masks, batch, dropout, backend = how
+        offsets, masks, batch, dropout, backend, ctx.anchor = how
         m = len(offsets)
         w_k, w_v, b_k, b_v, values = (list(tensors[i * m : (i + 1) * m]) for i in range(5))
         bu, nq, h, e = q.shape
@@ -45,8 +47,6 @@ class _Step(torch.autograd.Function):
             out = torch.baddbmm(out, _by_stream(mass), biases)
         ctx.dropout, ctx.backend, ctx.shape = dropout, backend, (m, batch, bu, nq, h, e)
         ctx.save_for_backward(*u, *w, *values, *y, *offsets, *masks, *w_k, c, o, mass, lse, seed, rows, keys, biases)
-        # Not saved: they are not read, and whoever owns them may have written to them meanwhile.
-        ctx.inputs = [t if n else None for t, n in zip((q, *tensors), ctx.needs_input_grad[2:], strict=True)]
         return out.view(h, batch, nq, e).permute(1, 2, 0, 3).reshape(batch, nq, h * e)
 
     @staticmethod
@@ -54,7 +54,7 @@ class _Step(torch.autograd.Function):
         with torch.no_grad(), _checks.no_autocast(grad.device):
             grads = _gradients(ctx, grad, ctx.saved_tensors)
         if torch.is_grad_enabled():  # under create_graph
-            grads = list(_checks.NoSecondOrder.apply("qformer_attention", grad, *ctx.inputs, *grads))
+            grads = list(_checks.NoSecondOrder.apply("qformer_attention", grad, ctx.anchor, *grads))
         return None, None, *grads
 
 

@@ -60,8 +60,7 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, 
     _check(x, weight, bias, lora_a, lora_b)
     factor, factors = _scaling(scaling, x, lora_a)
     _check_rows(x, lora_a, adapter, offsets)
-    if not 0 <= dropout <= 1:
-        raise ValueError(f"dropout: was {dropout}, must be a probability from 0 to 1")
+    _checks.probability(dropout, "dropout")
     seed = torch.randint(torch.iinfo(torch.int64).max, (1,), device=x.device) if dropout else None
     leading, c = x.shape[:-1], x.shape[-1]
     rows = math.prod(leading)
@@ -95,6 +94,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_
 def _scaling(scaling: float | Tensor, x: Tensor, lora_a: Tensor) -> tuple[float, Tensor | None]:
     """The number that all adapters share, and the tensor of one for each or None."""
     if not isinstance(scaling, Tensor):
+        if not _checks.is_number(scaling):
+            raise ValueError(f"scaling: was {scaling!r}, must be a number, or a tensor [G] with G adapters")
         return float(scaling), None
     if lora_a.dim() == 2:
         raise ValueError(f"scaling: was a tensor {list(scaling.shape)}, must be a number when lora_a is [R, C]")

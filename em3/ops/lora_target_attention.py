@@ -231,9 +231,9 @@ def _pooling(pooling: str, top_k: int | None) -> Pooling:
         if top_k is not None:
             raise ValueError(f"top_k: was {top_k}, must be None with pooling={pooling!r}")
         return Pooling(pooling)
-    if not isinstance(top_k, int) or top_k < 1:
-        raise ValueError(f"top_k: was {top_k}, must be an integer of at least 1 with pooling='top_k'")
-    return Pooling(pooling, top_k)
+    if not _checks.is_count(top_k) or top_k is None or top_k < 1:
+        raise ValueError(f"top_k: was {top_k!r}, must be an integer of at least 1 with pooling='top_k'")
+    return Pooling(pooling, int(top_k))
 
 
 def _bias(biases: Biases | None, ids: Tensor, num_heads: int, target: Tensor) -> Tensor | None:
@@ -245,6 +245,7 @@ def _bias(biases: Biases | None, ids: Tensor, num_heads: int, target: Tensor) ->
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise ValueError(f"biases[{i}]: was {type(pair).__name__}, must be (table [H, buckets], buckets)")
         table, buckets = pair
+        _checks.tensor(buckets, f"biases[{i}][1] (buckets)")
         _checks.shape(table, [num_heads, "buckets"], f"biases[{i}][0] (table)")
         _checks.floating(table, f"biases[{i}][0] (table)")
         if buckets.dtype not in (torch.int64, torch.int32):
@@ -264,9 +265,9 @@ def _parse_lora(lora: Any, name: str) -> Lora | None:
         return None
     if not isinstance(lora, (tuple, list)) or len(lora) != 3:
         raise ValueError(f"{name}: was {type(lora).__name__}, must be (A [R, C], B [D, R], scaling) or None")
-    if not isinstance(lora[2], (int, float)):
+    if not _checks.is_number(lora[2]):
         raise ValueError(f"{name}[2] (scaling): was {type(lora[2]).__name__}, must be a number")
-    return lora[0], lora[1], lora[2]
+    return lora[0], lora[1], float(lora[2])
 
 
 def _check(target: Tensor, ids: Tensor, offsets: Tensor | None, bank: Tensor, batch: int, w_q: Tensor, w_k: Tensor,
@@ -285,6 +286,8 @@ def _check(target: Tensor, ids: Tensor, offsets: Tensor | None, bank: Tensor, ba
         if lora is not None:
             _checks.shape(lora[0], ["R", c], f"{name}[0] (A)")
             _checks.shape(lora[1], [d, lora[0].shape[0]], f"{name}[1] (B)")
+            if not lora[0].shape[0]:
+                raise ValueError(f"{name}[0] (A): was {list(lora[0].shape)}, must be of a rank R of at least 1")
             named |= {f"{name}[0] (A)": lora[0], f"{name}[1] (B)": lora[1]}
     _checks.same_device_and_dtype("target", target, named)
     _checks.same_device("target", target, {"bank": bank, "history": ids, "history.offsets": offsets})

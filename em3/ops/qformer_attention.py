@@ -80,8 +80,7 @@ def qformer_attention(query: Tensor, streams: Any, w_q: Tensor | None, w_k: Sequ
     wk, wv, bk, bv = rest[m : 2 * m], rest[2 * m : 3 * m], rest[3 * m : 4 * m], rest[4 * m :]
     batch = check_call(query, parsed, w_q, wk, wv, w_o, b_q, bk, bv, b_o, num_heads)
     _checks.one_of(strategy, STRATEGIES, "strategy")
-    if not 0 <= dropout <= 1:
-        raise ValueError(f"dropout: was {dropout}, must be a probability from 0 to 1")
+    _checks.probability(dropout, "dropout")
     if dropout and strategy == "project":
         raise ValueError("strategy: was 'project', must be 'absorb' or 'auto' with dropout")
 

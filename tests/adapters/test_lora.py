@@ -138,9 +138,12 @@ def test_what_cannot_be_saved(tmp_path, seed):
     with pytest.raises(ValueError, match=r"^model: was Sequential without an em3.LoRALinear"):
         save_lora(model, tmp_path)
     model[0] = em3.LoRALinear.from_linear(model[0], 2, alpha=4)
-    config = json.loads(json.dumps({"r": 2, "lora_alpha": 4}))
+    config = json.loads(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
     save_lora(model, tmp_path, config)
     for wrong, message in [({"r": 3}, "config.r: was 3 for 0, must be 2, the layer's rank"),
+                           ({"use_dora": True}, "config.use_dora: was True, must be unset"),
+                           ({"target_modules": ["2"]}, "config.target_modules: was ['2'], must name 0, which the model has"),
+                           ({"exclude_modules": "0"}, "config.exclude_modules: was '0', must not name 0, which the model has"),
                            ({"lora_alpha": 1}, "config.lora_alpha: was 1 for 0, must be 4, the layer's alpha"),
                            ({"lora_dropout": 0.5}, "config.lora_dropout: was 0.5, must be 0.0 as in 0"),
                            ({"use_rslora": True}, "config.use_rslora: was True, must be False as in 0")]:  # fmt: skip

@@ -493,3 +493,20 @@ def test_wrong_kinds_of_things(tmp_path):
     for call in (lambda: bank.save(tmp_path / "file" / "b"), lambda: ContentBank.open(tmp_path / "file" / "b")):
         with pytest.raises(NotADirectoryError, match=f"^{folder}/file"):
             call()
+
+
+def test_a_bank_stays_its_file_wherever_the_process_goes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ContentBank(torch.ones(3, 2)).save("bank")
+    Path("link").symlink_to("bank")
+    bank, linked = ContentBank.open("bank"), ContentBank.open("link")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    bank.write(torch.tensor([1]), torch.zeros(1, 2))
+    bank.save()
+    bank.save(tmp_path / "elsewhere" / ".." / "bank")
+    assert linked.reload()
+    assert linked.rows[1].tolist() == [0, 0]
+    linked.save()
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith(".")) == ["bank", "elsewhere", "link"]

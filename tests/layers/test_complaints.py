@@ -142,7 +142,7 @@ def test_a_history_whose_positions_cannot_be_told(given):
         (em3.LoRALinear, dict(alpha="x"), "alpha: was 'x', must be a number"),
         (em3.LoRATargetAttention, dict(alpha="x"), "alpha: was 'x', must be a number"),
         (em3.LoRALinear.from_linear, dict(rank=0), "rank: was 0, must be an integer of at least 1"),
-        (em3.LoRALinear.from_linear, dict(linear=torch.nn.ReLU()), "linear: was ReLU, must be torch.nn.Linear"),
+        (em3.LoRALinear.from_linear, dict(linear=torch.nn.ReLU()), "linear: was torch.nn.modules.activation.ReLU, must be torch.nn.Linear"),
         (em3.LoRALinear, dict(backend="none"), "backend: was 'none', must be one of"),
         (em3.LoRATargetAttention, dict(num_heads=3), "num_heads: was 3, must be at least 1 and divide dim 8"),
         (em3.LoRATargetAttention, dict(pooling="mean"), "pooling: was 'mean', must be one of 'softmax', 'din', 'top_k'"),

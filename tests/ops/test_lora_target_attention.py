@@ -375,6 +375,7 @@ def messages() -> dict[str, tuple[dict[str, Any], str]]:
         "heads": (dict(num_heads=3), r"num_heads: was 3, must be at least 1 and divide the width 4 of target"),
         "w_q": (dict(w_q=f(4, 5)), r"w_q: was \[4, 5\], must be \[4, 4\]"),
         "w_k": (dict(w_k=f(4, 5)), r"w_k: was \[4, 5\], must be \[4, 6\]"),
+        "lora rank": (dict(lora_k=(f(0, 6), f(4, 0), 1.0)), r"lora_k\[0\] \(A\): was \[0, 6\], must be of a rank R of at least 1"),
         "lora form": (dict(lora_k=f(2, 6)), r"lora_k: was Tensor, must be \(A \[R, C\], B \[D, R\], scaling\) or None"),
         "lora A": (dict(lora_k=(f(2, 5), f(4, 2), 1.0)), r"lora_k\[0\] \(A\): was \[2, 5\], must be \[R, 6\]"),
         "lora B": (dict(lora_v=(f(2, 6), f(4, 3), 1.0)), r"lora_v\[1\] \(B\): was \[4, 3\], must be \[4, 2\]"),
