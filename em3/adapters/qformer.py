@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..layers import FusionQFormer, QFormerAttention
 from ._foreign import plain_parameters, qformer_classes
@@ -27,7 +28,7 @@ def qformer_attention_from(module: nn.Module, *, strategy: str = "auto", backend
     Raises:
         ValueError: for another module, or one with options that the layer does not have.
     """
-    if isinstance(module, nn.MultiheadAttention):
+    if type(module) is nn.MultiheadAttention:  # not one of its relatives, which keep their weights elsewhere
         state = _of_multihead(module)
         heads, dropout = module.num_heads, module.dropout
     elif isinstance(getattr(module, "attention", None), qformer_classes("MultiHeadAttention")):
@@ -35,16 +36,17 @@ def qformer_attention_from(module: nn.Module, *, strategy: str = "auto", backend
         heads, dropout = module.attention.num_attention_heads, module.attention.attention_dropout  # type: ignore[union-attr]
     else:
         must = "torch.nn.MultiheadAttention or the cross-attention of a transformers Q-Former's layer"
-        raise ValueError(f"module: was {type(module).__name__}, must be {must}")
+        raise ValueError(f"module: was {type(module).__module__}.{type(module).__qualname__}, must be {must}")
     width = state["w_k.0"].shape
     layer = QFormerAttention([width[1]], width[0], num_heads=heads, bias="b_q" in state, dropout=float(dropout),
                              strategy=strategy, backend=backend)  # fmt: skip
-    return _with(layer, state)
+    return _with(layer.train(module.training), state)
 
 
 def fusion_qformer_from(model: nn.Module, query_tokens: Tensor | None = None, *, out_dim: int | None = None,
                         strategy: str = "auto", backend: str | None = None) -> FusionQFormer:  # fmt: skip
-    """A :class:`em3.FusionQFormer` with the weights of a transformers Q-Former, on its device and in its dtype.
+    """A :class:`em3.FusionQFormer` with the weights of a transformers Q-Former, on its device, in its dtype and mode; all are
+    trained.
 
     ``queries([tokens])`` of the result is the ``last_hidden_state`` of the Q-Former with ``query_embeds`` all of the
     given tokens and ``encoder_hidden_states=tokens``; the projection ``out`` behind it, which no Q-Former has, starts
@@ -81,7 +83,8 @@ def fusion_qformer_from(model: nn.Module, query_tokens: Tensor | None = None, *,
         dropout=float(of.hidden_dropout_prob), attention_dropout=float(of.attention_probs_dropout_prob), strategy=strategy,
         backend=backend,
     )  # fmt: skip
-    return _with(fusion, state_of(qformer, Tensor.detach) | {"query": tokens}, fresh=("out.weight", "out.bias"))
+    state = state_of(qformer, Tensor.detach) | {"query": tokens}
+    return _with(fusion.train(qformer.training), state, fresh=("out.weight", "out.bias"))
 
 
 def state_of(qformer: Any, read: Read) -> dict[str, Tensor]:
@@ -122,6 +125,9 @@ def _of_multihead(module: nn.MultiheadAttention) -> dict[str, Tensor]:
         w_q, w_k, w_v = module.in_proj_weight.detach().chunk(3)
     else:
         w_q, w_k, w_v = (w.detach() for w in (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight))
+    out = module.out_proj
+    if type(out) is not NonDynamicallyQuantizableLinear or out._forward_hooks or out._forward_pre_hooks:
+        raise ValueError(f"module.out_proj: was {type(out).__qualname__}, or had hooks, must be as torch makes it")
     state = {"w_q": w_q, "w_k.0": w_k, "w_v.0": w_v, "w_o": module.out_proj.weight.detach()}
     if module.in_proj_bias is not None:
         b_q, b_k, b_v = module.in_proj_bias.detach().chunk(3)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..jagged import Jagged
 from ..ops import _checks
+from ..ops.qformer_attention import batch_of, parse
 from . import _given
 from .mean_tokens import MeanTokens
 from .qformer_attention import QFormerAttention
@@ -66,7 +67,7 @@ class FusionQFormer(nn.Module):
             _checks.probability(share, name)
         if norm not in ("pre", "post"):
             raise ValueError(f"norm: was {norm!r}, must be 'pre' or 'post'")
-        self.dropout = dropout
+        self.dropout, self.attention_dropout = dropout, attention_dropout
         self.query = nn.Parameter(torch.empty(num_queries, dim))
         self.norm_query = nn.LayerNorm(dim, norm_eps) if query_norm else None
         self.layers = nn.ModuleList(
@@ -84,14 +85,17 @@ class FusionQFormer(nn.Module):
 
     def queries(self, streams: Any, masks: Sequence[Tensor | None] | None = None) -> Tensor:
         """What the queries have read, ``[B, Q, D]``: BLIP-2's output, before the projection to one embedding."""
-        x = self._first()
+        x = self._first(streams)
         for layer in self.layers:
             x = layer(x, streams, masks)
         return self.norm(x)
 
-    def _first(self) -> Tensor:
-        """``[1, Q, D]``: one copy serves all items until the first cross-attention."""
+    def _first(self, streams: Any) -> Tensor:
+        """``[1, Q, D]``: one copy serves all items until the first cross-attention, but under dropout, which each item has a
+        mask of its own for."""
         x = self.query[None]
+        if self.training and (self.dropout or self.attention_dropout):
+            x = x.expand(batch_of(parse(streams, None)), -1, -1)
         return x if self.norm_query is None else F.dropout(self.norm_query(x), self.dropout, self.training)
 
     @torch.no_grad()
@@ -100,7 +104,7 @@ class FusionQFormer(nn.Module):
         """What the queries read of each token, for looking at: an entry a layer that reads the tokens, in it one a stream,
         as :func:`em3.ops.qformer_attention_weights` returns them. In training mode the queries come from layers that drop;
         call ``eval()`` before."""
-        found, x = [], self._first()
+        found, x = [], self._first(streams)
         for layer in self.layers:
             assert isinstance(layer, FusionLayer)
             if layer.cross is not None:

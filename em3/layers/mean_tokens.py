@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops import _checks
 from ..ops.qformer_attention import parse
 from . import _given
 
@@ -45,16 +46,19 @@ def mean_tokens(streams: Any, masks: Sequence[Tensor | None] | None = None,
                 dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
     """The mean token ``[B, C_m]`` of each stream, zeros where an item has none, and whether it has any, ``[B, 1]``."""
     found = []
-    for values, offsets, mask in parse(streams, masks):
-        values = values.to(dtype)
+    wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype  # sums, and lengths, of a half type are off
+    for i, (values, offsets, mask) in enumerate(parse(streams, masks)):
+        values = values.to(wide)
         if offsets is not None:
+            if not torch.compiler.is_compiling():
+                _checks.offsets_content(offsets, len(values), f"streams[{i}].offsets")
             # Of consecutive rows: 0.2 ms for 22,608 rows of 128 on two threads, index_add 0.9, segment_reduce 5.4.
             places = torch.arange(values.shape[0], device=values.device)
             mean = F.embedding_bag(places, values, offsets, mode="mean", include_last_offset=True)
-            found.append((mean, offsets.diff()[:, None] > 0))
+            found.append((mean.to(dtype), offsets.diff()[:, None] > 0))
             continue
         real = values if mask is None else values.masked_fill(~mask[..., None], 0)
         length = values.new_full((len(values), 1), values.shape[1]) if mask is None else mask.sum(1, keepdim=True)
-        found.append((real.sum(1) / length.clamp(min=1), length > 0))
+        found.append(((real.sum(1) / length.clamp(min=1)).to(dtype), length > 0))
     return found
 

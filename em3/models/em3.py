@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from ..data.batches import Batch
 from ..jagged import Jagged
-from ..layers import ContentIDContrastiveLoss, LoRATargetAttention
+from ..layers import ContentIDContrastiveLoss, LoRATargetAttention, _given
 from .mlp import mlp
 
 GRADIENTS = ("both", "content", "id")
@@ -37,7 +38,9 @@ class EM3(nn.Module):
 
     The bank holds the content embedding of every item. After a training step ``write_back`` puts the batch's items into
     it; ``refresh`` recomputes all of it. Scoring reads targets from the bank
-    too, so a new item is served as soon as it is filled in.
+    too, so a new item is served as soon as it is filled in. It is a buffer: under ``DistributedDataParallel`` say
+    ``broadcast_buffers=False``, lest every step copies the first rank's bank over the others'; what a rank writes back is then
+    its own until all of them ``refresh``.
 
     ``history`` says how far the ranking loss reaches into the history. With ``"lora"`` it trains adapters on the
     projections of cached content. With ``"frozen"`` it does not: the projections of keys and values stay as they start.
@@ -73,6 +76,15 @@ class EM3(nn.Module):
         super().__init__()
         if contrast_gradient not in GRADIENTS:
             raise ValueError(f"contrast_gradient: was {contrast_gradient!r}, must be one of {', '.join(GRADIENTS)}")
+        for name, size in dict(num_items=num_items, content_dim=content_dim, bank_dim=bank_dim, id_dim=id_dim).items():
+            if size is not None or name in ("num_items", "content_dim"):
+                _given.size(name, size)
+        for name, module in dict(ranker=ranker, fusion=fusion).items():
+            if not isinstance(module, nn.Module) and not (module is None and name == "fusion"):
+                raise ValueError(f"{name}: was {type(module).__name__}, must be a torch.nn.Module")
+        _given.number("contrast_weight", contrast_weight)
+        if not 0 <= contrast_weight < math.inf:
+            raise ValueError(f"contrast_weight: was {contrast_weight}, must be at least 0 and finite")
         if history not in HISTORIES:
             raise ValueError(f"history: was {history!r}, must be one of {', '.join(HISTORIES)}")
         if history == "full" and fusion is None:
@@ -100,9 +112,9 @@ class EM3(nn.Module):
         self.register_buffer("bank", torch.zeros(num_items, bank_dim))
 
     @staticmethod
-    def extra_dim(content_dim: int) -> int:
-        """Width of the dense features that a ranker inside EM3 is given."""
-        return 5 * content_dim + 1
+    def extra_dim(content_dim: int, *, frozen: bool = False) -> int:
+        """Width of the dense features that a ranker inside EM3 is given; ``frozen`` where ``fusion`` is None."""
+        return (6 if frozen else 5) * content_dim + 1
 
     def _start_as_similarity(self) -> None:
         """The attention starts as content similarity, reading content as it is; LoRA adapts it from there."""
@@ -150,6 +162,10 @@ class EM3(nn.Module):
             content = self._from_bank(batch.distinct)
             return self._logits(batch, content, batch.history, self.bank), content
         content = self.content(streams)
+        items = len(self.items(batch))
+        if len(content) != items:
+            what = "batch.distinct" if self.caches_history else "items(batch)"
+            raise ValueError(f"streams: were of {len(content)} items, must be of the {items} of {what}, in its order")
         return self.logits(batch, content), content
 
     def content_of(self, items: Tensor, streams: Any = None) -> Tensor:
@@ -175,7 +191,8 @@ class EM3(nn.Module):
         events of the history. On MovieTweetings (ID dropout 1, 2 epochs, valid) the last three, and ``m``, took the AUC from
         0.666 to 0.700: a network does not find out by itself that two embeddings are close. ``m`` itself adds nothing beside
         ``c * m``: as configured there, valid, seeds 0 and 1: 0.7339 and 0.7366 with it, 0.7359 and 0.7359 without; without
-        ``r`` as well, seed 0: 0.7316. Without a history ``r`` and ``m`` are zero.
+        ``r`` as well, seed 0: 0.7316. Frozen features do want it (test, seeds 0 and 1, 0.7096 and 0.7027 without, where five
+        seeds have 0.7105 with it), so there ``m`` stands before ``c * m``. Without a history ``r`` and ``m`` are zero.
         """
         bank = self.bank if bank is None else bank
         ids, offsets = history.values(), history.offsets()
@@ -186,7 +203,8 @@ class EM3(nn.Module):
         if self.adapt is not None:
             mean = self.adapt(mean) * (length > 0)
         count = length.clamp(min=1).to(target.dtype).log()
-        return torch.cat([target, interest, target * interest, (target - read).abs(), target * mean, count], 1)
+        of_mean = [target * mean] if self.adapt is None else [mean, target * mean]
+        return torch.cat([target, interest, target * interest, (target - read).abs(), *of_mean, count], 1)
 
     def _from_bank(self, rows: Tensor) -> Tensor:
         row = self.bank.index_select(0, rows)
@@ -230,9 +248,12 @@ class EM3(nn.Module):
             rows: catalogue numbers, all by default.
             chunk: items at a time.
         """
-        was = self.training
+        training = [module for module in self.modules() if module.training]  # each may have a mode of its own
         self.eval()
-        rows = torch.arange(len(self.bank)) if rows is None else rows
-        for part in rows.split(chunk):
-            self.bank.index_copy_(0, part.to(self.bank.device), self.content(read(part)).to(self.bank.dtype))
-        self.train(was)
+        try:
+            rows = torch.arange(len(self.bank)) if rows is None else rows
+            for part in rows.split(chunk):
+                self.bank.index_copy_(0, part.to(self.bank.device), self.content(read(part)).to(self.bank.dtype))
+        finally:
+            for module in training:
+                module.training = True

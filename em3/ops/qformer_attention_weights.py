@@ -11,7 +11,7 @@ from torch import Tensor
 from ..jagged import Jagged
 from . import _checks
 from ._qformer_operator import check_content
-from .qformer_attention import absorbed_keys, check_call, heads_of, parse, per_stream
+from .qformer_attention import absorbed_keys, check_call, heads_of, parse, per_stream, weights_of
 
 
 @torch.no_grad()
@@ -40,7 +40,7 @@ def qformer_attention_weights(query: Tensor, streams: Any, w_q: Tensor | None, w
     _checks.tensor(query, "query", " [Q, D] or [B, Q, D]")
     parsed = parse(streams, masks)
     m = len(parsed)
-    wk, bk, none = per_stream(w_k, "w_k", m), per_stream(b_k, "b_k", m), [None] * m
+    wk, bk, none = weights_of(w_k, "w_k", m), per_stream(b_k, "b_k", m), [None] * m
     query, w_q, b_q, *rest = _checks.autocast(query, w_q, b_q, *wk, *bk, *(s.values for s in parsed), device=query.device)
     wk, bk, values = rest[:m], rest[m : 2 * m], rest[2 * m :]
     parsed = [s._replace(values=x) for s, x in zip(parsed, values, strict=True)]

@@ -39,6 +39,23 @@ def test_a_whole_qformer(name, masked, seed):
     assert ours([tokens], [mask]).shape == (3, 6)
 
 
+def test_a_model_in_eval_stays_in_eval(seed):
+    for training in (True, False):
+        theirs = qformer("Blip2", dropout=0.25, layers=1).train(training)
+        assert fusion_qformer_from(theirs, torch.zeros(2, WIDTH)).training == training
+        assert qformer_attention_from(torch.nn.MultiheadAttention(8, 2, dropout=0.5).train(training)).training == training
+
+
+def test_relatives_of_multihead_attention_are_refused():
+    quantizable = torch.ao.nn.quantizable.MultiheadAttention(8, 2)
+    with pytest.raises(ValueError, match=r"^module: was torch.ao.nn.quantizable.modules.activation.MultiheadAttention, must be"):
+        qformer_attention_from(quantizable)
+    hooked = torch.nn.MultiheadAttention(8, 2)
+    hooked.out_proj.register_forward_hook(lambda *args: None)
+    with pytest.raises(ValueError, match=r"^module.out_proj: was NonDynamicallyQuantizableLinear, or had hooks"):
+        qformer_attention_from(hooked)
+
+
 def test_the_weights_are_copies(seed):
     theirs = qformer("Blip2", dropout=0.25, layers=2)
     ours = fusion_qformer_from(theirs, torch.zeros(2, WIDTH), backend="torch")
@@ -128,7 +145,7 @@ def test_multihead_attention(bias, width, seed):
 def test_error_messages():
     multihead = torch.nn.MultiheadAttention
     for module, message in [
-        (torch.nn.Linear(2, 2), "module: was Linear, must be torch.nn.MultiheadAttention or"),
+        (torch.nn.Linear(2, 2), "module: was torch.nn.modules.linear.Linear, must be torch.nn.MultiheadAttention or"),
         (multihead(4, 2, kdim=3, vdim=2), "module: had kdim 3 and vdim 2, must read"),
         (multihead(4, 2, add_bias_kv=True), "module: had add_bias_kv or add_zero_attn, must have neither"),
         (multihead(4, 2, add_zero_attn=True), "module: had add_bias_kv or add_zero_attn, must have neither"),

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import em3
 from em3.layers import MeanTokens
+from em3.layers.mean_tokens import mean_tokens
 
 
 def plain(model: em3.FusionQFormer, tokens: torch.Tensor, pre: bool) -> torch.Tensor:
@@ -118,3 +119,33 @@ def test_compiles_whole(seed):
     tokens = torch.randn(3, 5, 6)
     compiled = torch.compile(lambda t: model([t]), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(tokens), model([tokens]))
+
+
+def test_means_of_half_tokens_do_not_overflow():
+    """300 tokens of about 300 sum up to more than float16 holds, and 257 of them are 256 in bfloat16."""
+    for dtype in (torch.float16, torch.bfloat16):
+        for streams in ([300 + torch.randn(2, 257, 6)], [em3.Jagged(300 + torch.randn(514, 6), torch.tensor([0, 257, 514]))]):
+            values = streams[0] if isinstance(streams[0], torch.Tensor) else streams[0].values()
+            half = values.to(dtype)
+            given = half if isinstance(streams[0], torch.Tensor) else em3.Jagged(half, streams[0].offsets())
+            ((mean, _),) = mean_tokens([given], dtype=dtype)
+            torch.testing.assert_close(mean, half.float().view(2, 257, 6).mean(1).to(dtype))
+
+
+def test_offsets_of_mean_tokens_are_checked():
+    with pytest.raises(ValueError, match=r"^streams\[0\].offsets: fell from 4 to 2"):
+        MeanTokens([6], 3)([em3.Jagged(torch.randn(6, 6), torch.tensor([0, 4, 2]))])
+
+
+@pytest.mark.parametrize("options", [dict(dropout=0.5), dict(attention_dropout=0.5), dict(dropout=0.5, query_norm=True)], ids=str)
+def test_each_item_is_dropped_by_a_mask_of_its_own(options):
+    """Also before the queries have met the tokens, where without dropout one copy serves all items."""
+    model = em3.FusionQFormer([6], 8, num_queries=3, num_heads=2, **options)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "cross.w_o" in name or "ffn_out" in name:
+                p.zero_()  # nothing but what is drawn before may tell items apart
+    found = model.queries([torch.randn(1, 4, 6).expand(6, 4, 6)])
+    assert not torch.equal(found[0], found[1])
+    model.eval()
+    assert torch.equal(*model.queries([torch.randn(1, 4, 6).expand(2, 4, 6)]))

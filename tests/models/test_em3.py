@@ -31,7 +31,7 @@ class Case:
         self.batches = Batches(self.data, 4)
         self.tokens = Tokens(len(self.data.items.ids), seed, torch.float64)
         users, items = self.batches.num_ids
-        ranker = DIN(users, items, dim=V, extra_dim=EM3.extra_dim(C), hidden=(7,), dropout=0.0)
+        ranker = DIN(users, items, dim=V, extra_dim=EM3.extra_dim(C, frozen=not fusion), hidden=(7,), dropout=0.0)
         reader = FusionQFormer([5, 3], C, num_queries=2, num_heads=2, dropout=0.2, mean_residual=True) if fusion else None
         self.model = EM3(
             ranker, reader, num_items=items - 1, content_dim=C, bank_dim=None if fusion else WIDTH, num_heads=2,
@@ -70,7 +70,8 @@ def slow_extra(model: EM3, target: Tensor, history: list[int], bank: Tensor) -> 
     if history:
         mean = x.mean(0) if model.adapt is None else model.adapt(x.mean(0))
     count = torch.tensor([max(len(history), 1)]).double().log()
-    return torch.cat([target, interest, target * interest, (target - read).abs(), target * mean, count])
+    of_mean = [target * mean] if model.adapt is None else [mean, target * mean]
+    return torch.cat([target, interest, target * interest, (target - read).abs(), *of_mean, count])
 
 
 def slow_logits(case: Case, batch: Batch, from_bank: bool) -> Tensor:
@@ -259,6 +260,28 @@ def test_refresh(chunk: int, seed: int) -> None:
     torch.testing.assert_close(model.bank[[2, 4]], before[[2, 4]])
 
 
+def test_refresh_leaves_each_module_in_its_mode(seed: int) -> None:
+    case = Case(seed)
+    model = case.model.train()
+    model.ranker.eval()
+    model.fusion.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    model.refresh(case.tokens.read)
+    assert [module.training for module in model.modules()] == before
+    with pytest.raises(ZeroDivisionError):
+        model.refresh(lambda rows: 1 / 0)
+    assert [module.training for module in model.modules()] == before
+
+
+@pytest.mark.parametrize("history", ["lora", "full"])
+def test_content_of_other_items_than_the_batchs_is_refused(history: str, seed: int) -> None:
+    case = Case(seed, history=history)
+    items = case.model.items(case.batch)
+    for wrong in (items[:-1], torch.cat([items, items[:1]])):
+        with pytest.raises(ValueError, match=f"^streams: were of {len(wrong)} items, must be of the {len(items)} of "):
+            case.model(case.batch, case.tokens.read(wrong))
+
+
 def test_scoring_from_the_bank_after_a_refresh(seed: int) -> None:
     case = Case(seed)
     model = case.model.eval()
@@ -376,6 +399,12 @@ def test_half_precision_bank_is_written_in_its_own_dtype(seed: int) -> None:
     ({"history": "none"}, "history: was 'none', must be one of frozen, lora, full"),
     ({"fusion": None, "history": "full"}, "history: was 'full', must be 'frozen' or 'lora' for frozen features (fusion=None)"),
     ({"bank_dim": 5}, "bank_dim: was 5, must be 8 like content_dim unless fusion is None"),
+    ({"bank_dim": 0}, "bank_dim: was 0, must be an integer of at least 1"),
+    ({"num_items": 0}, "num_items: was 0, must be an integer of at least 1"),
+    ({"id_dim": 0}, "id_dim: was 0, must be an integer of at least 1"),
+    ({"fusion": "x"}, "fusion: was str, must be a torch.nn.Module"),
+    ({"contrast_weight": "x"}, "contrast_weight: was 'x', must be a number"),
+    ({"contrast_weight": -1}, "contrast_weight: was -1, must be at least 0 and finite"),
     ({"num_heads": 3}, "num_heads: was 3"),
     ({"rank": -1}, "rank: was -1"),
 ])  # fmt: skip

@@ -402,6 +402,16 @@ def test_the_cost_model_takes_the_cheaper_form():
     assert cheaper(streams(256), 128, 8, 512) == "project"
 
 
+def test_the_cost_model_counts_the_padding_of_keys_and_values():
+    """One long item among short ones: projected, all would be as long."""
+    def skewed(*lengths):
+        x, bounds = torch.randn(sum(lengths), 64), torch.tensor([0, *lengths]).cumsum(0)
+        return [em3.jagged.Stream(x, bounds, None)]
+
+    assert cheaper(skewed(*[64] * 8), 128, 2, 64) == "project"
+    assert cheaper(skewed(505, *[1] * 7), 128, 2, 64) == "absorb"
+
+
 def messages() -> dict[str, tuple[dict[str, Any], str]]:
     f = torch.randn
     jagged = em3.Jagged(f(6, 8), torch.tensor([0, 2, 6]))
@@ -410,6 +420,14 @@ def messages() -> dict[str, tuple[dict[str, Any], str]]:
         return em3.Jagged(f(6, 8), torch.tensor(numbers))
 
     return {
+        "no weights": (dict(w_k=None), r"w_k\[0\]: was NoneType, must be a tensor \[D, C\]"),
+        "a weight missing": (dict(w_v=[None]), r"w_v\[0\]: was NoneType, must be a tensor \[D, C\]"),
+        "a number of weights": (dict(w_k=3), r"w_k: was int, must be a tensor, or a list of one for each of the 1 streams"),
+        "heads of a word": (dict(num_heads="2"), r"num_heads: was '2', must be at least 1"),
+        "true heads": (dict(num_heads=True), r"num_heads: was True, must be at least 1"),
+        "dropout type": (dict(dropout="x"), r"dropout: was 'x', must be a probability"),
+        "scale type": (dict(scale="x"), r"scale: was 'x', must be a finite number"),
+        "scale nan": (dict(scale=float("nan")), r"scale: was nan, must be a finite number"),
         "no stream": (dict(streams=[]), r"streams: was empty, must hold at least one stream"),
         "flat stream": (dict(streams=[f(6, 8)]), r"streams\[0\]: was \[6, 8\], must be padded \[B, N, C\] or jagged"),
         "foreign": (dict(streams=["x"]), r"streams\[0\]: was str, must be a padded tensor, or jagged"),
