@@ -93,8 +93,9 @@ def build(arm: str, config: Config, batches: Batches, token_dims: list[int], fea
     """
     model, (num_users, num_items) = config.model, batches.num_ids
     content = arm != "id_only"
+    extra = EM3.extra_dim(model.content_dim, frozen=arm == "two_stage") if content else 0
     ranker = {"din": DIN, "dcnv2": DCNv2}[model.ranker](
-        num_users, num_items, dim=model.id_dim, extra_dim=EM3.extra_dim(model.content_dim, frozen=arm == "two_stage") if content else 0,
+        num_users, num_items, dim=model.id_dim, extra_dim=extra,
         hidden=tuple(model.hidden), dropout=model.dropout,
         id_dropout=model.content_id_dropout if content else model.id_dropout,
     )  # fmt: skip
