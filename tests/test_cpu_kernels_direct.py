@@ -84,7 +84,7 @@ def direct_contrast_whole():
 
 def direct_contrast_whole_backward():
     f, number, given = torch.randn, torch.tensor(1.0, dtype=torch.float64), direct_contrast_whole()
-    cpp.compiled().contrastive_loss_whole_forward(**given)
+    cpp.compiled().contrastive_loss_whole_forward(**given, most_log_q=9.0)
     return dict(upstream=1.0) | given | dict(
         dcontent=f(5, 8), dids=f(5, 8), dnegatives=f(20, 8), dscale=number.clone(), dbias=number.clone(), dlog_q=f(5), dweight=f(5),
     )  # fmt: skip
@@ -93,7 +93,7 @@ def direct_contrast_whole_backward():
 DIRECT = {
     "lora_linear_forward": direct_linear, "lora_linear_backward": direct_linear_backward,
     "contrastive_loss_forward": direct_contrast, "contrastive_loss_backward": direct_contrast_backward,
-    "contrastive_loss_whole_forward": direct_contrast_whole, "contrastive_loss_whole_backward": direct_contrast_whole_backward,
+    "contrastive_loss_whole_forward": lambda: direct_contrast_whole() | dict(most_log_q=9.0), "contrastive_loss_whole_backward": direct_contrast_whole_backward,
     "qformer_attention_forward": direct, "qformer_attention_backward": direct_backward,
     "lora_target_attention_forward": direct_target, "lora_target_attention_backward": direct_target_backward,
 }  # fmt: skip
@@ -153,7 +153,7 @@ def test_the_compiled_code_takes_nothing_on_trust(name, how):
 def test_places_that_no_forward_wrote_are_refused():
     """Rows are read by the places that the state holds."""
     given = direct_contrast_whole_backward()
-    given["state"][5] = -1.0
+    given["state"][10] = -1.0
     with pytest.raises(ValueError, match="contrastive_loss: state: was not what the forward wrote"):
         cpp.compiled().contrastive_loss_whole_backward(**given)
 

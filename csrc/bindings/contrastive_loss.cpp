@@ -203,17 +203,21 @@ constexpr const char* kWholeForward = R"(contrastive_loss on CPU tensors.
 content, ids_embedding: [B, V], negatives: [K, V] or None, of one dtype: float32, bfloat16 or float16. item_ids: int64 [B] or
 None. log_q, weight: float32 [B] or None. The options are those of em3.ops.contrastive_loss. Fills state, float64 of as many
 numbers as contrastive_loss_whole_state says, of which the first B are the rows' losses without the weights. Returns the loss,
-0 for reduction "none".)";
+0 for reduction "none", or None without having computed anything if log_q holds more than most_log_q.)";
 
-double whole_forward(const py::object& content, const py::object& ids_embedding, const py::object& negatives, double scale,
-                     double bias, const py::object& item_ids, const py::object& log_q, const py::object& weight,
-                     const std::string& kind, const std::string& duplicates, const std::string& direction,
-                     const std::string& reduction, double smoothing, bool normalize, const py::object& state,
-                     const std::array<float, 4>& limits, int threads, const std::string& isa) {
+std::optional<double> whole_forward(
+    const py::object& content, const py::object& ids_embedding, const py::object& negatives, double scale, double bias,
+    const py::object& item_ids, const py::object& log_q, const py::object& weight, const std::string& kind,
+    const std::string& duplicates, const std::string& direction, const std::string& reduction, double smoothing,
+    bool normalize, const py::object& state, const std::array<float, 4>& limits, double most_log_q, int threads,
+    const std::string& isa) {
     const Isa path = resolve_isa(isa);
     const WholeArguments all(content, ids_embedding, negatives, scale, bias, item_ids, log_q, weight, kind, duplicates,
                              direction, reduction, smoothing, normalize, state);
     py::gil_scoped_release release;
+    for (std::int64_t i = 0; all.given.log_q != nullptr && i < all.given.B; ++i) {
+        if (all.given.log_q[i] > most_log_q) return std::nullopt;
+    }
     return contrastive_loss_whole_forward(all.given, shift_limits(limits), all.state, threads, path);
 }
 
@@ -291,8 +295,8 @@ void bind_contrastive_loss(py::module_& m) {
     m.def("contrastive_loss_whole_forward", &whole_forward, py::arg("content"), py::arg("ids_embedding"),
           py::arg("negatives"), py::arg("scale"), py::arg("bias"), py::arg("item_ids"), py::arg("log_q"),
           py::arg("weight"), py::arg("kind"), py::arg("duplicates"), py::arg("direction"), py::arg("reduction"),
-          py::arg("smoothing"), py::arg("normalize"), py::arg("state"), py::arg("limits"), py::arg("threads"),
-          py::arg("isa") = "", kWholeForward);
+          py::arg("smoothing"), py::arg("normalize"), py::arg("state"), py::arg("limits"), py::arg("most_log_q"),
+          py::arg("threads"), py::arg("isa") = "", kWholeForward);
     m.def("contrastive_loss_whole_backward", &whole_backward, py::arg("upstream"), py::arg("content"),
           py::arg("ids_embedding"), py::arg("negatives"), py::arg("scale"), py::arg("bias"), py::arg("item_ids"),
           py::arg("log_q"), py::arg("weight"), py::arg("kind"), py::arg("duplicates"), py::arg("direction"),

@@ -35,8 +35,7 @@ struct Whole {
   const int threads;
   const Isa isa;
   const std::int64_t B = given.B, V = given.V, M = given.B + given.K;
-  Floats offset;       // [M]
-  Doubles similarity;  // [B], of the positives, times the scale
+  Floats offset;  // [M]
   Contrast contrast{};
 
   Whole(const WholeContrast& whole, const ShiftLimits& shift_limits, const WholeState& kept, int at_most, Isa path)
@@ -74,15 +73,11 @@ struct Whole {
       inverse_lengths(contrast.y, M, V, state.inverse + B, threads, isa);
     }
     *state.longest = given.sigmoid ? 0.0f : longest_product(contrast, threads, isa);
-  }
-
-  void find_similarities() {
-    similarity.resize(size(B));
-    row_products(contrast.x, contrast.y, B, V, similarity.data(), threads, isa);
+    row_products(contrast.x, contrast.y, B, V, state.similarity, threads, isa);
     // With the scale as it is in the matrix: near 1,000 its rounding would be between the positive and the others.
     for (std::int64_t i = 0; i < B; ++i) {
       const double scale = rounded_scale(given.scale, given.normalize ? of_content() + i : nullptr);
-      similarity[size(i)] *= scale * (given.normalize ? of_ids()[i] : 1.0f);
+      state.similarity[i] *= scale * (given.normalize ? of_ids()[i] : 1.0f);
     }
   }
 
@@ -161,7 +156,7 @@ struct Whole {
 
   // The positive's logit.
   double positive(std::int64_t i) const {
-    return similarity[size(i)] + given.bias - (given.log_q == nullptr ? 0.0 : given.log_q[i]);
+    return state.similarity[i] + given.bias - (given.log_q == nullptr ? 0.0 : given.log_q[i]);
   }
 
   // The logsumexp over the others less the positive's logit.
@@ -219,14 +214,15 @@ std::int64_t whole_state_size(const WholeContrast& given, bool keep) {
   const std::int64_t B = given.B, M = given.B + given.K;
   const std::int64_t of_rows = (given.rows ? B : 0) + (given.cols ? B : 0) + (given.normalize ? B + M : 0) + 1;
   const std::int64_t logits = keep ? B * ((M + kKeptUnit - 1) / kKeptUnit * kKeptUnit) : 0;
-  return B + (by_item(given) ? B : 0) + (of_rows + logits + 1) / 2;
+  return 2 * B + (by_item(given) ? B : 0) + (of_rows + logits + 1) / 2;
 }
 
 WholeState whole_state(const WholeContrast& given, bool keep, double* memory) {
   const std::int64_t B = given.B, M = given.B + given.K;
   WholeState state{};
   state.losses = memory;
-  memory += B;
+  state.similarity = memory + B;
+  memory += 2 * B;
   if (by_item(given)) {
     state.order = reinterpret_cast<std::int64_t*>(memory);
     memory += B;
@@ -248,17 +244,14 @@ WholeState whole_state(const WholeContrast& given, bool keep, double* memory) {
 
 double contrastive_loss_whole_forward(const WholeContrast& given, const ShiftLimits& limits, const WholeState& state,
                                       int threads, Isa isa) {
-  Whole whole(given, limits, state, threads, isa);
+  const Whole whole(given, limits, state, threads, isa);
   whole.prepare();
-  whole.find_similarities();
   return whole.forward();
 }
 
 void contrastive_loss_whole_backward(const WholeContrast& given, const ShiftLimits& limits, const WholeState& state,
                                      const double* upstream, const WholeGradients& to, int threads, Isa isa) {
-  Whole whole(given, limits, state, threads, isa);
-  whole.find_similarities();
-  whole.backward(upstream, to);
+  Whole(given, limits, state, threads, isa).backward(upstream, to);
 }
 
 }  // namespace em3

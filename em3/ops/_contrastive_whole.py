@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from . import _checks, _contrastive_sigmoid, _dispatch
-from ._contrastive_operator import of_probabilities
 
 
 def serves(content: Tensor, backend: str) -> bool:
@@ -34,8 +33,6 @@ def loss(content: Tensor, ids_embedding: Tensor, negatives: Tensor | None, logit
     chosen = _chosen(content, negatives, item_ids, options, backend)
     if not hasattr(chosen, "whole_forward"):
         return None
-    if log_q is not None and log_q.numel() and log_q.detach().max().item() > 0:
-        of_probabilities(-log_q.detach())
     scale, bias = (t if isinstance(t, Tensor) else None for t in (logit_scale, logit_bias))
     numbers = (_number(logit_scale), _number(logit_bias))
     call = (chosen, numbers, item_ids, options)

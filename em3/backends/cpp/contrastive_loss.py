@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...ops._contrastive_operator import ROUNDING, of_probabilities
 from .. import cpp
 from ..torch import contrastive_loss as tiled
 from . import unavailable
@@ -107,8 +108,11 @@ def whole_forward(inputs: Sequence[Tensor | None], numbers: tuple[float, float],
     without weights. With ``keep``, the logits are part of it.
 
     ``inputs`` are content, ids_embedding and negatives, of one dtype, log_q and weight; ``numbers`` scale and bias.
+
+    Raises:
+        ValueError: for a log_q that is no logarithm of probabilities.
     """
-    content, _, negatives, _, _ = inputs
+    content, _, negatives, log_q, _ = inputs
     assert content is not None
     lib, k = cpp.compiled(), 0 if negatives is None else negatives.shape[0]
     state = torch.empty(
@@ -117,9 +121,12 @@ def whole_forward(inputs: Sequence[Tensor | None], numbers: tuple[float, float],
         ),
         dtype=torch.float64, device="cpu",
     )  # fmt: skip
-    found: float = lib.contrastive_loss_whole_forward(
-        *_whole(inputs, numbers, item_ids, options, state), torch.get_num_threads(), cpp.isa
+    found = lib.contrastive_loss_whole_forward(
+        *_whole(inputs, numbers, item_ids, options, state), ROUNDING, torch.get_num_threads(), cpp.isa
     )
+    if found is None:
+        assert log_q is not None
+        of_probabilities(-log_q.detach().float())
     return found, state
 
 
