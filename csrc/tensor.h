@@ -36,13 +36,13 @@ using Sizes = std::vector<std::int64_t>;
 class Tensor {
  public:
   Tensor(const pybind11::handle& tensor, std::string name) : name_(std::move(name)) {
-    if (!tensor.attr("is_cpu").cast<bool>()) {
+    if (!attribute<0>(tensor, "is_cpu").cast<bool>()) {
       fail("on " + pybind11::str(tensor.attr("device")).cast<std::string>(), "on cpu");
     }
-    dtype_ = &text_of(tensor.attr("dtype"));
-    shape_ = tensor.attr("shape").cast<Sizes>();
-    strides_ = tensor.attr("stride")().cast<Sizes>();
-    address_ = tensor.attr("data_ptr")().cast<std::uintptr_t>();
+    dtype_ = &text_of(attribute<1>(tensor, "dtype"));
+    shape_ = numbers_of(attribute<2>(tensor, "shape"));
+    strides_ = numbers_of(attribute<3>(tensor, "stride")());
+    address_ = attribute<4>(tensor, "data_ptr")().cast<std::uintptr_t>();
   }
 
   const Sizes& shape() const { return shape_; }
@@ -104,6 +104,25 @@ class Tensor {
       text += (i == 0 ? "" : ", ") + (numbers[i] < 0 ? std::string("any") : std::to_string(numbers[i]));
     }
     return text + "]";
+  }
+
+  // By a name that is kept from the first call on, and not made again each time.
+  template <int Id>
+  static pybind11::object attribute(const pybind11::handle& of, const char* name) {
+    static PyObject* const kept = PyUnicode_InternFromString(name);
+    PyObject* const found = PyObject_GetAttr(of.ptr(), kept);
+    if (found == nullptr) throw pybind11::error_already_set();
+    return pybind11::reinterpret_steal<pybind11::object>(found);
+  }
+
+  static Sizes numbers_of(const pybind11::object& given) {
+    if (!PyTuple_Check(given.ptr())) return given.cast<Sizes>();
+    Sizes numbers(static_cast<std::size_t>(PyTuple_GET_SIZE(given.ptr())));
+    for (std::size_t i = 0; i < numbers.size(); ++i) {
+      numbers[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(given.ptr(), static_cast<Py_ssize_t>(i)));
+    }
+    if (PyErr_Occurred() != nullptr) throw pybind11::error_already_set();
+    return numbers;
   }
 
   // Of the few objects that torch has for dtypes, remembered: to have each tensor's written out took a third of the time of

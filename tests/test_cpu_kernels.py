@@ -161,6 +161,14 @@ def test_every_instruction_set_contrasts(forced_isa, monkeypatch):
             oracle.check(contrast.op("cpp"), reference.contrastive_loss, made, torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *oracle.HALF], ids=str)
+def test_every_instruction_set_contrasts_few_rows_and_half_ones(forced_isa, dtype):
+    """Of few rows candidates are multiplied where they lie, and rows of the half types become floats as they are read."""
+    for b, v, k in ((1, 1, 40), (4, 33, 7), (7, 50, 300), (8, 16, 0), (9, 31, 200), (101, 65, 3)):
+        made = contrast.make(b, v, k=k, ids=4, log_q=True)
+        oracle.check(contrast.op("cpp"), reference.contrastive_loss, made, dtype)
+
+
 # Ranks of every kind of tile and more, widths with and without a tail, empty and lone rows; 520 rows of one adapter are
 # cut into parts.
 LINEAR = [((520,), 37, 16, 8, None), ((150,), 16, 37, 1, 3), ((33,), 64, 5, 17, 4), ((1,), 3, 2, 4, None), ((0,), 8, 8, 2, 2),
@@ -257,13 +265,14 @@ for t in (2000, 10000):
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 @pytest.mark.parametrize("largest", contrast.SUMS)
 def test_every_thread_count_contrasts(runtime, count, largest, threads, monkeypatch):
-    """1,000 rows of 64 are worth 8 threads; 3 of them leave parts of unequal length."""
+    """1,000 rows of 64 are worth 8 threads; 3 of them leave parts of unequal length. 5 rows are every thread's."""
     threads(count)
     cpp.compiled().set_thread_runtime(runtime)
     monkeypatch.setattr(contrast.tiled, "LARGEST_LOGIT", largest)
-    made = contrast.make(1000, 64, k=77, ids=400, log_q=True, weight=True)
-    oracle.check(contrast.op("cpp"), reference.contrastive_loss, made, torch.float32)
-    oracle.same_bits_twice(contrast.op("cpp"), oracle.convert(made, torch.float32))
+    for b, k in ((1000, 77), (5, 9000)):
+        made = contrast.make(b, 64, k=k, ids=400, log_q=True, weight=True)
+        oracle.check(contrast.op("cpp"), reference.contrastive_loss, made, torch.float32)
+        oracle.same_bits_twice(contrast.op("cpp"), oracle.convert(made, torch.float32))
 
 
 def test_one_shift_that_fails_is_made_good():

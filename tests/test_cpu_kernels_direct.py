@@ -77,13 +77,15 @@ def direct_contrast_whole():
     f = torch.randn
     return dict(content=f(5, 8), ids_embedding=f(5, 8), negatives=f(20, 8), scale=3.0, bias=0.0, item_ids=torch.tensor([4, -1, 4, 2**60, 0]),
                 log_q=f(5), weight=torch.rand(5), kind="infonce", duplicates="positive", direction="both", reduction="mean",
-                smoothing=0.1, normalize=True, row=f(5), col=f(5), losses=torch.empty(5, dtype=torch.float64), kept=f(5, 32),
+                smoothing=0.1, normalize=True, state=torch.randn(cpp.compiled().contrastive_loss_whole_state(
+                    5, 20, True, "positive", "both", True, True), dtype=torch.float64),
                 limits=(40.0, -60.0, 150.0, 20.0), threads=2)  # fmt: skip
 
 
 def direct_contrast_whole_backward():
-    f, number = torch.randn, torch.tensor(1.0, dtype=torch.float64)
-    return dict(upstream=number.clone()) | direct_contrast_whole() | dict(
+    f, number, given = torch.randn, torch.tensor(1.0, dtype=torch.float64), direct_contrast_whole()
+    cpp.compiled().contrastive_loss_whole_forward(**given, most_log_q=9.0)
+    return dict(upstream=1.0) | given | dict(
         dcontent=f(5, 8), dids=f(5, 8), dnegatives=f(20, 8), dscale=number.clone(), dbias=number.clone(), dlog_q=f(5), dweight=f(5),
     )  # fmt: skip
 
@@ -91,7 +93,7 @@ def direct_contrast_whole_backward():
 DIRECT = {
     "lora_linear_forward": direct_linear, "lora_linear_backward": direct_linear_backward,
     "contrastive_loss_forward": direct_contrast, "contrastive_loss_backward": direct_contrast_backward,
-    "contrastive_loss_whole_forward": direct_contrast_whole, "contrastive_loss_whole_backward": direct_contrast_whole_backward,
+    "contrastive_loss_whole_forward": lambda: direct_contrast_whole() | dict(most_log_q=9.0), "contrastive_loss_whole_backward": direct_contrast_whole_backward,
     "qformer_attention_forward": direct, "qformer_attention_backward": direct_backward,
     "lora_target_attention_forward": direct_target, "lora_target_attention_backward": direct_target_backward,
 }  # fmt: skip
@@ -99,7 +101,7 @@ DIRECT = {
 
 # What no longer fits where that one is longer.
 MISFITS = {
-    "contrastive_loss": {"x": "y", "y": "offset", "content": "ids_embedding", "negatives": "kept"},
+    "contrastive_loss": {"x": "y", "y": "offset", "content": "ids_embedding", "negatives": "state"},
     "lora_linear_forward": {"x": "adapter", "a": "b"}, "lora_linear_backward": {"dy": "adapter", "a": "b"},
 }  # fmt: skip
 
@@ -146,6 +148,14 @@ def test_the_compiled_code_takes_nothing_on_trust(name, how):
             function(**given)
         if where not in ("lse", "u") and not (how == "size" and where == "u[0]"):
             assert str(error.value).startswith(f"{op_name}: {blamed}: was "), str(error.value)
+
+
+def test_places_that_no_forward_wrote_are_refused():
+    """Rows are read by the places that the state holds."""
+    given = direct_contrast_whole_backward()
+    given["state"][10] = -1.0
+    with pytest.raises(ValueError, match="contrastive_loss: state: was not what the forward wrote"):
+        cpp.compiled().contrastive_loss_whole_backward(**given)
 
 
 @pytest.mark.parametrize("name", ["contrastive_loss_forward", "contrastive_loss_backward"])

@@ -14,18 +14,20 @@
 #include <cstdint>
 
 #include "isa.h"
+#include "storage.h"
 
 namespace em3 {
 
 enum class ContrastKind { infonce, sigmoid, sigmoid_positive };
 
-// Rows of embeddings in two pieces, of which the second may be empty.
+// Rows of embeddings in two pieces of one type, of which the second may be empty.
 struct Embeddings {
-  const float* rows;
-  std::int64_t stride;
-  std::int64_t count;  // of the first piece
-  const float* more;   // the rest, side by side
+  const void* rows;
+  std::int64_t stride;  // in elements
+  std::int64_t count;   // of the first piece
+  const void* more;     // the rest, side by side
   const float* factor;  // what each row is multiplied by before all else, its inverse length; null = 1
+  Storage storage;
 };
 
 struct Contrast {
@@ -37,6 +39,8 @@ struct Contrast {
   bool base2;  // logsumexps go out and come back as logarithms to base 2, as they are made: near 1,000 no digit is lost
   const std::int64_t *row_ids, *col_ids;  // [B], [N]; null = every row and column is an item of its own
   const float *down, *across;             // [B], [M], offsets of rows and columns as candidates; null = 0
+  const std::int64_t* order;  // [B], what item_order() makes of the ids of an own batch; null = to be made
+  const float* longest;       // what longest_product() finds; null = to be found
 };
 
 // When one exponential a logit, exp(S - shift) with a single shift, serves rows and columns (exponents of e): logits
@@ -54,19 +58,18 @@ struct Kept {
   std::int64_t stride;
 };
 
-// Everything is float32 unless it says otherwise, outputs are contiguous and null where they are not wanted. Beside them
-// there are some numbers a row, and a tile and the rows that it meets a thread. `threads` is an upper bound; the same
-// inputs and bound give the same bits. Both throw std::invalid_argument for sizes they cannot serve.
+// Everything but the rows is float32 unless it says otherwise, outputs are contiguous and null where they are not wanted.
+// Beside them there are some numbers a row, and a tile and the rows that it meets a thread. `threads` is an upper bound; the
+// same inputs and bound give the same bits. Both throw std::invalid_argument for sizes they cannot serve.
 void contrastive_loss_forward(const Contrast& given, const ShiftLimits& limits, float* row, float* col, const Kept& kept,
                               int threads, Isa isa);
 
 // Those to x and y are added to what is there, which is part of the gradient too: of x before the scale, of y behind
-// it. They come out times the scale and, where rows have factors, as the gradients to the rows before these.
+// it. What comes out are gradients to the rows times their factors, of which finish_gradients() makes those to the rows.
 struct ContrastGradients {
   float* dx;        // [B, V]
   float* dy;        // [M, V], of which the rows of the first piece
-  float* more;      // and those of the rest
-  double* dscale;   // one number, a sum that may cancel; it takes dx
+  float* more;      // and those of the rest; null = none of these
   double* dbias;    // one number
   float* doffset;   // [M] for a batch's own columns, else [B + M]: of rows, then of columns
 };
@@ -77,11 +80,27 @@ void contrastive_loss_backward(const Contrast& given, const ShiftLimits& limits,
                                const float* drow, const float* dcol, const Kept& kept, const ContrastGradients& to,
                                int threads, Isa isa);
 
+// The gradients to rows begin to end as they came, times scale, from those to the rows times their factors: from [end -
+// begin, V] to the same of the rows' type, which may be `from` itself; null = not wanted. Returns the sum of the products of
+// rows and gradients before the scale, which is the gradient to it where the rows are those of x.
+double finish_gradients(const Embeddings& of, std::int64_t begin, std::int64_t end, std::int64_t V, double scale,
+                        const float* from, void* to, int threads, Isa isa);
+
+// The rows in the order of their ids.
+void item_order(const std::int64_t* ids, std::int64_t n, std::int64_t* order);
+
+// No product of a row of x and one of y, before the scale, is larger; NaN if one may be NaN.
+float longest_product(const Contrast& given, int threads, Isa isa);
+
 // What a row's products count as logits, as the matrix has it, where rounding to float32 has moved the scale.
 double rounded_scale(double scale, const float* factor);
 
-// The products of n rows of a and b, or the inverse lengths of rows: 0 for one no longer than 1e-12.
-void row_products(const float* a, const float* b, std::int64_t n, std::int64_t V, double* to, int threads, Isa isa);
-void inverse_lengths(const float* rows, std::int64_t n, std::int64_t V, float* to, int threads, Isa isa);
+// The products of n rows of a and b, or the inverse lengths of n rows: 0 for one no longer than 1e-12, NaN for one of
+// infinite length.
+void row_products(const Embeddings& a, const Embeddings& b, std::int64_t n, std::int64_t V, double* to, int threads, Isa isa);
+void inverse_lengths(const Embeddings& of, std::int64_t n, std::int64_t V, float* to, int threads, Isa isa);
+
+// Row i as floats: where it lies, or copied to `room` [V].
+const float* row_as_floats(const Embeddings& of, std::int64_t i, std::int64_t V, float* room, Isa isa);
 
 }  // namespace em3

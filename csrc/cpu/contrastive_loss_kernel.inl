@@ -12,15 +12,15 @@
 //   to x     dx[i, v]  = dS[i, j]   * y[j, v]       A = tile, B = panel of y
 //   to y     dy[j, v] += dS^T[j, i] * x[i, v]       A = tile, down its columns, B = panel of x
 // Rows are packed for the tile that they meet, anew for each: a pass over 96 rows is a hundredth of three products with
-// 192 columns, and nothing of the size of the embeddings has to lie packed in memory.
+// 192 columns, and nothing of the size of the embeddings has to lie packed in memory. Rows of half precision become floats
+// there. Where the processor multiplies pairs of numbers in bf16 and both sides come in bf16, the rows stay as they are:
+// factors and scale are multiplied to the logits, which are then as exact as those of floats, and to their gradient, which
+// is rounded to bf16.
 
-constexpr int kPanel = 2 * kVec;  // width of the register tile
-// At most. Columns of the tile, y's panels in two forms and the gradient's share the level-2 cache while rows stream
-// through it.
-constexpr int kTileRows = 96, kTileCols = 192;
-constexpr int kLd = kTileCols + 16;  // an odd number of cache lines: down a column, rows fall into different sets
-
-EM3_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+#include "storage.inl"
+#include "transpose.inl"
+#include "contrastive_loss_products.inl"
+#include "contrastive_loss_few.inl"
 
 EM3_INLINE float first(V v) {
   float lanes[kVec];
@@ -33,175 +33,6 @@ EM3_INLINE float largest(V v) {
   store(lanes, v);
   for (int i = 1; i < kVec; ++i) lanes[0] = lanes[i] > lanes[0] ? lanes[i] : lanes[0];
   return lanes[0];
-}
-
-// ---- register tiles ------------------------------------------------------------------------------------------------
-
-// A[i, k] is at i * kRow + k * kStep of its chunk, a row of C at i * kOut; a row of B always at k * kPanel.
-struct Logits {
-  static constexpr int kRow = kPanel, kStep = 1, kOut = kLd;
-  static constexpr bool kAdd = false;
-};
-struct ToX {
-  static constexpr int kRow = kLd, kStep = 1, kOut = kPanel;
-  static constexpr bool kAdd = false;
-};
-struct ToY {
-  static constexpr int kRow = 1, kStep = kLd, kOut = kPanel;
-  static constexpr bool kAdd = true;
-};
-
-// The summed dimension: chunks of A that lie `stride` apart, `length` long, the last one `last`.
-struct Depth {
-  int64_t chunks, stride, length, last;
-};
-
-template <class Form, int M, int NV>
-EM3_NOINLINE static void product_tile(const float* a, const Depth& depth, const float* b, float* c) {
-  V acc[M][NV];
-  for (int i = 0; i < M; ++i)
-    for (int j = 0; j < NV; ++j) acc[i][j] = Form::kAdd ? load(c + i * Form::kOut + j * kVec) : zero();
-  for (int64_t chunk = 1; chunk <= depth.chunks; ++chunk, a += depth.stride) {
-    const float* at = a;
-    const int64_t length = chunk < depth.chunks ? depth.length : depth.last;
-    for (int64_t k = 0; k < length; ++k, at += Form::kStep, b += kPanel) {
-      V bv[NV];
-      for (int j = 0; j < NV; ++j) bv[j] = load(b + j * kVec);
-      for (int i = 0; i < M; ++i) {
-        const V av = splat(at[i * Form::kRow]);
-        for (int j = 0; j < NV; ++j) acc[i][j] = fma(av, bv[j], acc[i][j]);
-      }
-    }
-  }
-  for (int i = 0; i < M; ++i)
-    for (int j = 0; j < NV; ++j) store(c + i * Form::kOut + j * kVec, acc[i][j]);
-}
-
-template <class Form, int M>
-EM3_INLINE void product_rows(int m, bool wide, const float* a, const Depth& depth, const float* b, float* c) {
-  if (m == M) {
-    if (wide) {
-      product_tile<Form, M, 2>(a, depth, b, c);
-    } else {
-      product_tile<Form, M, 1>(a, depth, b, c);
-    }
-  } else if constexpr (M > 1) {
-    product_rows<Form, M - 1>(m, wide, a, depth, b, c);
-  }
-}
-
-// n rows of one panel of C, in the fewest register tiles, of nearly equal height; not wide: only its first half counts.
-template <class Form>
-static void product(int64_t n, bool wide, const float* a, const Depth& depth, const float* b, float* c) {
-  const int64_t blocks = (n + kRows - 1) / kRows;
-  for (int64_t i = 0; i < blocks; ++i) {
-    const int m = static_cast<int>(n / blocks + (i < n % blocks));
-    product_rows<Form, kRows>(m, wide, a, depth, b, c);
-    a += m * Form::kRow;
-    c += m * Form::kOut;
-  }
-}
-
-// ---- rows and panels -----------------------------------------------------------------------------------------------
-
-// Sixteen sums, which the compiler keeps in vectors.
-static double dot(const float* a, const float* b, int64_t n) {
-  double sums[16] = {0.0};
-  int64_t v = 0;
-  for (; v + 16 <= n; v += 16)
-    for (int k = 0; k < 16; ++k) sums[k] += static_cast<double>(a[v + k]) * b[v + k];
-  for (; v < n; ++v) sums[v % 16] += static_cast<double>(a[v]) * b[v];
-  for (int width = 8; width > 0; width /= 2)
-    for (int k = 0; k < width; ++k) sums[k] += sums[k + width];
-  return sums[0];
-}
-
-// The largest squared length of rows begin to end, NaN if one is.
-static float longest(const Source& from, const Range& rows) {
-  float most = 0.0f;
-  for (int64_t i = rows.begin; i < rows.end; ++i) {
-    const float *row = from.row(i), factor = from.factor_of(i);
-    V squares = zero();
-    for (int64_t v = 0; v < from.V; v += kVec) {
-      const int64_t left = smaller(kVec, from.V - v);
-      const V value = splat(factor) * (left == kVec ? load(row + v) : load_part(row + v, static_cast<int>(left)));
-      squares = fma(value, value, squares);
-    }
-    most = larger(most, sum(squares));
-  }
-  return most;
-}
-
-// Rows of `places`, times scale -> panels [V / kPanel][places][kPanel], zero behind V and behind the last row.
-static void pack(const Source& from, float scale, const Range& places, float* out) {
-  const int64_t height = places.end - places.begin;
-  for (int64_t i = 0; i < height; ++i) {
-    const bool there = places.begin + i < from.total;
-    const float* row = there ? from.row(places.begin + i) : nullptr;
-    const V factor = splat(there ? from.factor_of(places.begin + i) * scale : 0.0f);
-    for (int64_t v = 0; v < from.V; v += kVec) {
-      const int64_t left = smaller(kVec, from.V - v);
-      const V value = !there ? zero() : left == kVec ? load(row + v) : load_part(row + v, static_cast<int>(left));
-      store(out + (v / kPanel * height + i) * kPanel + v % kPanel, factor * value);
-    }
-  }
-}
-
-// Rows of `places`, whole panels of them -> [places / kPanel][V][kPanel], zero behind the last row. Four at a time, so
-// that memory is read in its order and a line of the panel is written in few pieces.
-static void pack_transposed(const Source& from, const Range& places, float* out) {
-  for (int64_t j = places.begin; j < places.end; j += 4) {
-    float* to = out + (j - places.begin) / kPanel * kPanel * from.V + (j - places.begin) % kPanel;
-    const float* rows[4];
-    float factors[4];
-    for (int64_t k = 0; k < 4; ++k) {
-      const bool there = j + k < from.total;
-      rows[k] = there ? from.row(j + k) : nullptr;
-      factors[k] = there ? from.factor_of(j + k) : 0.0f;
-    }
-    if (rows[3] != nullptr) {
-      const float *r0 = rows[0], *r1 = rows[1], *r2 = rows[2], *r3 = rows[3];
-      const float f0 = factors[0], f1 = factors[1], f2 = factors[2], f3 = factors[3];
-      for (int64_t v = 0; v < from.V; ++v, to += kPanel) {
-        to[0] = r0[v] * f0, to[1] = r1[v] * f1, to[2] = r2[v] * f2, to[3] = r3[v] * f3;
-      }
-    } else {
-      for (int64_t v = 0; v < from.V; ++v, to += kPanel)
-        for (int k = 0; k < 4; ++k) to[k] = rows[k] == nullptr ? 0.0f : rows[k][v] * factors[k];
-    }
-  }
-}
-
-// Adds panels [V / kPanel][places][kPanel], times scale, to the gradients of these rows.
-static void add_panels(const float* panels, const Source& of, float scale, const Range& places, const Gradient& to) {
-  const int64_t height = places.end - places.begin;
-  for (int64_t i = 0; i < height && places.begin + i < of.total; ++i) {
-    float* row = to.row(of.place(places.begin + i));
-    for (int64_t v = 0; v < of.V; v += kVec) {
-      const V value = splat(scale) * load(panels + (v / kPanel * height + i) * kPanel + v % kPanel);
-      const int64_t left = smaller(kVec, of.V - v);
-      if (left == kVec) {
-        store(row + v, load(row + v) + value);
-      } else {
-        store_part(row + v, load_part(row + v, static_cast<int>(left)) + value, static_cast<int>(left));
-      }
-    }
-  }
-}
-
-// The gradients to rows as they came, from those to rows times their factors, which are inverse lengths; both times
-// scale. Returns the sum of the products of rows and gradients before the scale. `rows` are places of the caller.
-static double finish(const Source& of, float scale, const Range& rows, const Gradient& to) {
-  double total = 0.0;
-  for (int64_t i = rows.begin; i < rows.end; ++i) {
-    const float *row = of.at(i), factor = of.factor == nullptr ? 1.0f : of.factor[i];
-    float* gradient = to.row(i);
-    const double along = dot(row, gradient, of.V) * factor;
-    total += along;
-    const float out = of.factor == nullptr ? 0.0f : static_cast<float>(along) * factor, both = factor * scale;
-    for (int64_t v = 0; v < of.V; ++v) gradient[v] = (gradient[v] - row[v] * out) * both;
-  }
-  return total;
 }
 
 // ---- one tile ------------------------------------------------------------------------------------------------------
@@ -222,13 +53,35 @@ EM3_INLINE Range met(const Sheet& sheet, int64_t i, const Range& cols) {
   return {begin - cols.begin, smaller(sheet.item[i].end, cols.end) - cols.begin};
 }
 
+// The products of a tile's rows, times their factors and the scale; `space` holds the columns, packed, unless rows are few.
+template <bool PAIRS>
+static void packed_logits(const Sheet& sheet, const Range& rows, const Range& cols, const Workspace& space) {
+  const int64_t height = rows.end - rows.begin, width = cols.end - cols.begin, inner = packed_width(sheet);
+  pack<PAIRS>(sheet.x, sheet.scale, rows, space.x);
+  const int64_t panels = (inner + kPanel - 1) / kPanel;
+  const Depth depth{panels, height * kPanel, kPanel, inner - (panels - 1) * kPanel};
+  for (int64_t j = 0; j < width; j += kPanel) {
+    product<Logits<PAIRS>>(height, true, space.x, depth, space.y_transposed + j * inner, space.tile + j);
+  }
+  if (!PAIRS) return;
+  for (int64_t i = 0; i < height; ++i) {
+    const V factor = splat(sheet.x.factor_of(rows.begin + i) * sheet.scale);
+    float* const row = space.tile + i * kLd;
+    for (int64_t j = 0; j < width; j += kVec) store(row + j, factor * load(space.factors + j) * load(row + j));
+  }
+}
+
 // The logits of a tile, -inf where there is no pair.
 static void logits(const Sheet& sheet, const Range& rows, const Range& cols, const Workspace& space) {
   const int64_t height = rows.end - rows.begin, width = cols.end - cols.begin;
-  const int64_t panels = (sheet.V + kPanel - 1) / kPanel;
-  const Depth depth{panels, height * kPanel, kPanel, sheet.V - (panels - 1) * kPanel};
-  for (int64_t j = 0; j < width; j += kPanel) {
-    product<Logits>(height, true, space.x, depth, space.y_transposed + j * sheet.V, space.tile + j);
+  if (sheet.few) {
+    const int64_t ld = (sheet.V + kPanel - 1) / kPanel * kPanel;
+    few_pack(sheet.x, sheet.scale, rows, ld, space.x);
+    EM3_BY_STORAGE(sheet.y.storage, few_logits, sheet, rows, cols, space.x, ld, space.tile)
+  } else if (kPairs && sheet.pairs) {
+    packed_logits<kPairs>(sheet, rows, cols, space);
+  } else {
+    packed_logits<false>(sheet, rows, cols, space);
   }
   for (int64_t i = 0; i < height; ++i) {
     float* const row = space.tile + i * kLd;
@@ -241,6 +94,13 @@ static void logits(const Sheet& sheet, const Range& rows, const Range& cols, con
     }
     for (int64_t j = sheet.M - cols.begin; j < width; ++j) row[j] = -INFINITY;
   }
+}
+
+// What the logits of a run of columns are made of.
+static void pack_columns(const Sheet& sheet, const Range& cols, const Workspace& space) {
+  if (sheet.few) return;
+  if (!(kPairs && sheet.pairs)) return pack_transposed<false>(sheet.y, cols, space.y_transposed);
+  pack_transposed<kPairs>(sheet.y, cols, space.y_transposed);
 }
 
 // A tile's rows to or from the matrix of logits, where a small one is kept.
@@ -259,6 +119,33 @@ EM3_INLINE void copy_tile(float* kept, int64_t kept_stride, const Range& rows, c
 
 static void add_to(float* to, const float* from, int64_t n) {
   for (int64_t j = 0; j < n; j += kVec) store(to + j, load(to + j) + load(from + j));
+}
+
+// ---- pairs ---------------------------------------------------------------------------------------------------------
+
+static void column_factors(const Source& y, const Range& cols, float* out) {
+  for (int64_t j = cols.begin; j < cols.end; ++j) *out++ = j < y.total ? y.factor_of(j) : 0.0f;
+}
+
+// A tile's rows times the factors of its columns, in bf16: [height][kLd] halves.
+static void round_across(const float* factors, int64_t height, int64_t width, const float* tile, float* out) {
+  float row[kTileCols];
+  for (int64_t i = 0; i < height; ++i, tile += kLd, out += kLd / 2) {
+    for (int64_t j = 0; j < width; j += kVec) store(row + j, load(tile + j) * load(factors + j));
+    round_row(row, width, reinterpret_cast<Half*>(out));
+  }
+}
+
+// A tile's rows times their factors and the scale, one and the next as pairs: [(height + 1) / 2][kLd].
+static void round_down(const Sheet& sheet, const Range& rows, int64_t width, const float* tile, float* out) {
+  for (int64_t i = rows.begin; i < rows.end; i += 2, tile += 2 * kLd, out += kLd) {
+    const bool both = i + 1 < rows.end;
+    const V first = splat(sheet.x.factor_of(i) * sheet.scale);
+    const V second = splat(both ? sheet.x.factor_of(i + 1) * sheet.scale : 0.0f);
+    for (int64_t j = 0; j < width; j += kVec) {
+      store(out + j, round_pairs(first * load(tile + j), both ? second * load(tile + kLd + j) : zero()));
+    }
+  }
 }
 
 // ---- infonce, forward ----------------------------------------------------------------------------------------------
@@ -416,9 +303,9 @@ static void slopes(const BackwardJob& job, const Range& rows, const Range& cols,
 static void forward_block(const ForwardJob& job, const Range& rows, const Range& cols, const Workspace& space) {
   const Sheet& sheet = job.sheet;
   each_run(cols, kPanel, space.cols, [&](const Range& c) {
-    pack_transposed(sheet.y, c, space.y_transposed);
+    pack_columns(sheet, c, space);
+    if (sheet.pairs) column_factors(sheet.y, c, space.factors);
     each_run(rows, 1, space.rows, [&](const Range& r) {
-      pack(sheet.x, sheet.scale, r, space.x);
       logits(sheet, r, c, space);
       if (job.kept != nullptr) copy_tile(job.kept, job.kept_stride, r, c, space.tile, true);
       if (sheet.sigmoid) {
@@ -481,40 +368,73 @@ static void gradient_to_logits(const BackwardJob& job, const Range& rows, const 
   }
 }
 
-static void backward_tile(const BackwardJob& job, const Range& rows, const Range& cols, const Workspace& space) {
+// The gradients to a tile's rows, and to its columns before job.dy_end, from that to its logits.
+template <bool PAIRS>
+static void packed_gradients(const BackwardJob& job, const Range& rows, const Range& cols, const Workspace& space) {
   const Sheet& sheet = job.sheet;
-  if (job.kept == nullptr || job.dy.rows != nullptr) pack(sheet.x, sheet.scale, rows, space.x);
+  const int64_t height = rows.end - rows.begin, width = cols.end - cols.begin;
+  const int64_t to_y = smaller(job.dy_end, cols.end) - cols.begin;
+  const float *of_x = space.tile, *of_y = space.tile;
+  Depth along_x{1, 0, height, height}, along_y{1, 0, width, width};
+  if (job.dy.rows != nullptr && to_y > 0) {
+    if constexpr (PAIRS) {
+      pack_joined(sheet.x, rows, space.x);
+      round_down(sheet, rows, width, space.tile, space.down);
+      of_x = space.down;
+      along_x = {1, 0, (height + 1) / 2, (height + 1) / 2};
+    } else {
+      pack<false>(sheet.x, sheet.scale, rows, space.x);
+    }
+    for (int64_t v = 0; v < sheet.V; v += kPanel) {
+      product<ToY<PAIRS>>(to_y, sheet.V - v > kVec, of_x, along_x, space.x + v * along_x.last, space.dy + v * width);
+    }
+  }
+  if (job.dx.rows == nullptr) return;
+  if (sheet.few) {
+    EM3_BY_STORAGE(sheet.y.storage, few_to_x, sheet, rows, cols, space.tile, space.dx)
+  } else {
+    if constexpr (PAIRS) {
+      round_across(space.factors, height, width, space.tile, space.across);
+      of_y = space.across;
+      along_y = {1, 0, width / 2, width / 2};
+    }
+    for (int64_t v = 0; v < sheet.V; v += kPanel) {
+      product<ToX<PAIRS>>(height, sheet.V - v > kVec, of_y, along_y, space.y + v * along_y.last, space.dx + v * height);
+    }
+  }
+  add_panels(space.dx, sheet.x, 1.0f, rows, rows.end, job.dx);
+}
+
+static void backward_tile(const BackwardJob& job, const Range& rows, const Range& cols, const Workspace& space) {
   if (job.kept == nullptr) {
-    logits(sheet, rows, cols, space);
+    logits(job.sheet, rows, cols, space);
   } else {
     copy_tile(job.kept, job.kept_stride, rows, cols, space.tile, false);
   }
   gradient_to_logits(job, rows, cols, space.tile);
-  const int64_t height = rows.end - rows.begin, width = cols.end - cols.begin;
-  for (int64_t v = 0; v < sheet.V; v += kPanel) {
-    const bool wide = sheet.V - v > kVec;
-    const int64_t of_x = v * height, of_y = v * width;  // panels of kPanel columns
-    if (job.dx.rows != nullptr) {
-      product<ToX>(height, wide, space.tile, {1, 0, width, width}, space.y + of_y, space.dx + of_x);
-    }
-    if (job.dy.rows != nullptr) {
-      product<ToY>(width, wide, space.tile, {1, 0, height, height}, space.x + of_x, space.dy + of_y);
-    }
+  if (kPairs && job.sheet.pairs) {
+    packed_gradients<kPairs>(job, rows, cols, space);
+  } else {
+    packed_gradients<false>(job, rows, cols, space);
   }
-  if (job.dx.rows != nullptr) add_panels(space.dx, sheet.x, 1.0f, rows, job.dx);
 }
 
 static void backward_block(const BackwardJob& job, const Range& rows, const Range& cols, const Workspace& space) {
   const Sheet& sheet = job.sheet;
   each_run(cols, kPanel, space.cols, [&](const Range& c) {
-    if (job.kept == nullptr) pack_transposed(sheet.y, c, space.y_transposed);
-    if (job.dx.rows != nullptr) pack(sheet.y, 1.0f, c, space.y);
+    const bool to_y = job.dy.rows != nullptr && c.begin < job.dy_end;
+    if (!to_y && job.dx.rows == nullptr && job.offset_across == nullptr && !sheet.sigmoid) return;  // frozen ones, for nobody
+    if (job.kept == nullptr) pack_columns(sheet, c, space);
+    if (sheet.pairs) column_factors(sheet.y, c, space.factors);
+    if (job.dx.rows != nullptr && sheet.pairs) pack_joined(sheet.y, c, space.y);
+    if (job.dx.rows != nullptr && !sheet.pairs && !sheet.few) pack<false>(sheet.y, 1.0f, c, space.y);
     const int64_t floats = (sheet.V + kPanel - 1) / kPanel * kPanel * (c.end - c.begin);
-    for (int64_t k = 0; k < floats && job.dy.rows != nullptr; k += kVec) store(space.dy + k, zero());
+    for (int64_t k = 0; k < floats && to_y; k += kVec) store(space.dy + k, zero());
     each_run(rows, 1, space.rows, [&](const Range& r) { backward_tile(job, r, c, space); });
-    // The packed x holds log2(e), as logits to base 2 must.
-    if (job.dy.rows != nullptr) add_panels(space.dy, sheet.y, 0.693147181f, c, job.dy);
+    // The gradient to packed rows of x holds log2(e), as logits to base 2 must.
+    if (to_y) add_panels(space.dy, sheet.y, 0.693147181f, c, job.dy_end, job.dy);
   });
 }
 
-static const KernelTable kTable = {kPanel, kTileRows, kTileCols, kLd, dot, longest, finish, forward_block, backward_block};
+static const KernelTable kTable = {kPanel, kTileRows, kTileCols, kLd, kFew, kPairs, dot, longest, read_row, write_row,
+                                   finish_row, forward_block, backward_block};

@@ -13,38 +13,35 @@ namespace {
 
 using Vector = std::vector<double>;
 
-std::size_t size(std::int64_t n) { return static_cast<std::size_t>(n); }
-
 }  // namespace
 
+const float* LinearTerms::Side::row(std::int64_t i) const { return row_as_floats(*of, i, V, room.data(), isa); }
+
 void LinearTerms::Side::add(std::int64_t i, double times, double* to) const {
-  const float* row = rows + i * V;
-  const double both = factor == nullptr ? times : times * factor[i];
-  for (std::int64_t v = 0; v < V; ++v) to[v] += both * row[v];
+  const float* const numbers = row(i);
+  const double both = of->factor == nullptr ? times : times * of->factor[i];
+  for (std::int64_t v = 0; v < V; ++v) to[v] += both * numbers[v];
 }
 
 double LinearTerms::Side::product(std::int64_t i, const double* with) const {
-  const float* row = rows + i * V;
+  const float* const numbers = row(i);
   double sums[4] = {0.0, 0.0, 0.0, 0.0};
-  for (std::int64_t v = 0; v < V; ++v) sums[v % 4] += row[v] * with[v];
-  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) * (factor == nullptr ? 1.0 : factor[i]);
+  for (std::int64_t v = 0; v < V; ++v) sums[v % 4] += numbers[v] * with[v];
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) * (of->factor == nullptr ? 1.0 : of->factor[i]);
 }
 
-LinearTerms::LinearTerms(const WholeContrast& given, const float* of_content, const float* of_ids)
+LinearTerms::LinearTerms(const WholeContrast& given, const Embeddings& content, const Embeddings& ids,
+                         const std::int64_t* order, Isa isa)
     : given_(given),
-      content_{given.content, of_content, given.V},
-      ids_{given.ids, of_ids, given.V},
-      negatives_{given.negatives, of_ids == nullptr ? nullptr : of_ids + given.B, given.V} {
+      content_{&content, given.V, isa, std::vector<float>(size(given.V))},
+      ids_{&ids, given.V, isa, content_.room},
+      order_(order) {
   if (given.sigmoid) return;
   if (given.duplicates == Duplicates::positive) terms_.push_back({1.0 - given.smoothing, true});
   if (given.smoothing != 0.0) terms_.push_back({given.smoothing, false});
-  if (terms_.empty() || given.item_ids == nullptr || given.duplicates == Duplicates::keep) return;
-  std::vector<std::pair<std::int64_t, std::int64_t>> ids;
-  for (std::int64_t i = 0; i < given.B; ++i) ids.emplace_back(given.item_ids[i], i);
-  std::sort(ids.begin(), ids.end());
-  for (std::size_t i = 0; i < ids.size(); ++i) {
-    if (i == 0 || ids[i].first != ids[i - 1].first) begins_.push_back(static_cast<std::int64_t>(i));
-    order_.push_back(ids[i].second);
+  if (terms_.empty() || order == nullptr) return;
+  for (std::int64_t i = 0; i < given.B; ++i) {
+    if (i == 0 || given.item_ids[order[i]] != given.item_ids[order[i - 1]]) begins_.push_back(i);
   }
   begins_.push_back(given.B);
 }
@@ -70,14 +67,14 @@ struct LinearTerms::Pass {
       b.add(i, 1.0, total.data());
       total_q += log_q(i);
     }
-    for (std::int64_t k = 0; content_to_id && k < given.K; ++k) all.negatives_.add(k, 1.0, total.data());
+    for (std::int64_t k = 0; content_to_id && k < given.K; ++k) b.add(given.B + k, 1.0, total.data());
     candidates = static_cast<double>(given.B + (content_to_id ? given.K : 0));
   }
 
   double log_q(std::int64_t i) const { return all.given_.log_q == nullptr ? 0.0 : all.given_.log_q[i]; }
   std::int64_t runs() const { return by_item ? static_cast<std::int64_t>(all.begins_.size()) - 1 : all.given_.B; }
   std::int64_t begin(std::int64_t run) const { return by_item ? all.begins_[size(run)] : run; }
-  std::int64_t row(std::int64_t place) const { return by_item ? all.order_[size(place)] : place; }
+  std::int64_t row(std::int64_t place) const { return by_item ? all.order_[place] : place; }
 
   // Whether a run's rows have anything to be over; counts what.
   bool counted(std::int64_t run) {
@@ -147,7 +144,8 @@ void LinearTerms::run(const Term& term, bool content_to_id, const double* share,
     }
   }
   // Extra negatives are everybody's others.
-  for (std::int64_t k = 0; da != nullptr && content_to_id && !term.of_item && k < given_.K * V; ++k) {
+  const bool onto_negatives = to != nullptr && to->more != nullptr && content_to_id && !term.of_item;
+  for (std::int64_t k = 0; onto_negatives && k < given_.K * V; ++k) {
     to->more[k] -= static_cast<float>(gain_b * all_shares[size(k % V)]);
   }
 }

@@ -11,8 +11,10 @@ namespace em3 {
 
 class LinearTerms {
  public:
-  // factors: of the rows, as in Embeddings; [B] of content, [B + K] of the IDs and the negatives behind them.
-  LinearTerms(const WholeContrast& given, const float* of_content, const float* of_ids);
+  // The rows of content [B], and of the IDs and the negatives behind them [B + K]; `order` as of item_order(), null = every
+  // row is an item of its own. All must outlive this.
+  LinearTerms(const WholeContrast& given, const Embeddings& content, const Embeddings& ids, const std::int64_t* order,
+              Isa isa);
 
   bool none() const { return terms_.empty(); }
 
@@ -30,8 +32,11 @@ class LinearTerms {
     bool of_item;
   };
   struct Side {
-    const float *rows, *factor;
+    const Embeddings* of;
     std::int64_t V;
+    Isa isa;
+    mutable std::vector<float> room;  // [V]
+    const float* row(std::int64_t i) const;
     void add(std::int64_t i, double times, double* to) const;
     double product(std::int64_t i, const double* with) const;
   };
@@ -41,9 +46,10 @@ class LinearTerms {
            double* dcorrection) const;
 
   const WholeContrast& given_;
-  Side content_, ids_, negatives_;
+  Side content_, ids_;
   std::vector<Term> terms_;
-  std::vector<std::int64_t> order_, begins_;  // rows in the order of their items, and where each item begins
+  const std::int64_t* order_;
+  std::vector<std::int64_t> begins_;  // where each item begins in that order
 };
 
 }  // namespace em3

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstddef>
+#include <memory>
 #include <vector>
 
 #include "contrastive_loss_terms.h"
@@ -16,13 +16,17 @@ namespace {
 using Floats = std::vector<float>;
 using Doubles = std::vector<double>;
 
-std::size_t size(std::int64_t n) { return static_cast<std::size_t>(n); }
-
 float* pointer(Floats& numbers) { return numbers.empty() ? nullptr : numbers.data(); }
 
 // At the threshold log(1 + e^40) is 40 in double precision.
 double softplus(double x) { return x > 40.0 ? x : std::log1p(std::exp(x)); }
 double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
+
+// Whether it makes a difference which rows are of one item.
+bool by_item(const WholeContrast& given) { return given.item_ids != nullptr && given.duplicates != Duplicates::keep; }
+
+// Memory for a gradient that is not written where it is wanted: uninitialised, and to be given back as soon as it is read.
+using Room = std::unique_ptr<float[]>;
 
 struct Whole {
   const WholeContrast& given;
@@ -31,25 +35,11 @@ struct Whole {
   const int threads;
   const Isa isa;
   const std::int64_t B = given.B, V = given.V, M = given.B + given.K;
-  Floats inverse, offset;  // [B + M] of content, then of IDs and negatives; [M]
-  Doubles similarity;      // [B], of the positives, times the scale
+  Floats offset;  // [M]
   Contrast contrast{};
 
   Whole(const WholeContrast& whole, const ShiftLimits& shift_limits, const WholeState& kept, int at_most, Isa path)
       : given(whole), limits(shift_limits), state(kept), threads(at_most), isa(path) {
-    if (given.normalize) {
-      inverse.resize(size(B + M));
-      inverse_lengths(given.content, B, V, inverse.data(), threads, isa);
-      inverse_lengths(given.ids, B, V, inverse.data() + B, threads, isa);
-      inverse_lengths(given.negatives, given.K, V, inverse.data() + 2 * B, threads, isa);
-    }
-    similarity.resize(size(B));
-    row_products(given.content, given.ids, B, V, similarity.data(), threads, isa);
-    // With the scale as it is in the matrix: near 1,000 its rounding would be between the positive and the others.
-    for (std::int64_t i = 0; i < B; ++i) {
-      const double scale = rounded_scale(given.scale, given.normalize ? &inverse[size(i)] : nullptr);
-      similarity[size(i)] *= scale * (given.normalize ? inverse[size(B + i)] : 1.0f);
-    }
     if (given.log_q != nullptr) {
       offset.resize(size(M));
       for (std::int64_t i = 0; i < B; ++i) offset[size(i)] = -given.log_q[i];
@@ -62,15 +52,33 @@ struct Whole {
     contrast.M = M;
     contrast.V = V;
     contrast.own = true;
-    contrast.x = {given.content, V, B, nullptr, of_content()};
-    contrast.y = {given.ids, V, B, given.negatives, of_ids()};
+    contrast.x = {given.content, V, B, nullptr, of_content(), given.storage};
+    contrast.y = {given.ids, V, B, given.negatives, of_ids(), given.storage};
     contrast.scale = given.scale;
     contrast.bias = given.bias;
     contrast.base2 = !given.sigmoid;
     // Several positives of InfoNCE are candidates like any other row.
     const bool apart = given.duplicates == Duplicates::mask || (given.sigmoid && positive);
     contrast.row_ids = contrast.col_ids = apart ? given.item_ids : nullptr;
+    contrast.order = state.order;
+    contrast.longest = state.longest;
     contrast.down = contrast.across = given.log_q == nullptr ? nullptr : offset.data();
+  }
+
+  // What both passes need and the forward finds out.
+  void prepare() const {
+    if (state.order != nullptr) item_order(given.item_ids, B, state.order);
+    if (given.normalize) {
+      inverse_lengths(contrast.x, B, V, state.inverse, threads, isa);
+      inverse_lengths(contrast.y, M, V, state.inverse + B, threads, isa);
+    }
+    *state.longest = given.sigmoid ? 0.0f : longest_product(contrast, threads, isa);
+    row_products(contrast.x, contrast.y, B, V, state.similarity, threads, isa);
+    // With the scale as it is in the matrix: near 1,000 its rounding would be between the positive and the others.
+    for (std::int64_t i = 0; i < B; ++i) {
+      const double scale = rounded_scale(given.scale, given.normalize ? of_content() + i : nullptr);
+      state.similarity[i] *= scale * (given.normalize ? of_ids()[i] : 1.0f);
+    }
   }
 
   double forward() const {
@@ -83,7 +91,7 @@ struct Whole {
         loss += (given.sigmoid ? others[i] : softplus(margin(others, i))) / ways();
       }
     }
-    const LinearTerms terms(given, of_content(), of_ids());
+    const LinearTerms terms(given, contrast.x, contrast.y, state.order, isa);
     if (!terms.none()) terms.add_losses(state.losses);
     return given.reduction == Reduction::none ? 0.0 : reduced();
   }
@@ -107,20 +115,33 @@ struct Whole {
       pass_on(state.col, i, share[size(i)], dcol, dpositive);
     }
     Doubles dcorrection = dpositive;  // to -log_q
-    Floats dx, dy, dmore, doffset(size(to.log_q == nullptr ? 0 : M));
+    Floats doffset(size(to.log_q == nullptr ? 0 : M));
+    Room room_x, room_y, room_more;
     double from_matrix = 0.0;
-    ContrastGradients inner{nullptr, nullptr, nullptr, to.scale, to.bias == nullptr ? nullptr : &from_matrix, pointer(doffset)};
-    if (to.content != nullptr || to.scale != nullptr || to.ids != nullptr || to.negatives != nullptr) {
-      inner.dx = room(to.content, B, dx);
-      inner.dy = room(to.ids, B, dy);
-      inner.more = room(to.negatives, given.K, dmore);
-      from_positives(dpositive, inner);
+    ContrastGradients inner{nullptr, nullptr, nullptr, to.bias == nullptr ? nullptr : &from_matrix, pointer(doffset)};
+    const LinearTerms terms(given, contrast.x, contrast.y, state.order, isa);
+    const bool need_x = to.content != nullptr || to.scale != nullptr, need_y = to.ids != nullptr || to.negatives != nullptr;
+    // What other terms add, they add to both sides.
+    if (need_x || (need_y && !terms.none())) inner.dx = place(to.content, B, room_x);
+    if (need_y || (need_x && !terms.none())) inner.dy = place(to.ids, B, room_y);
+    if (to.negatives != nullptr) {
+      inner.more = place(to.negatives, given.K, room_more);
+      std::fill(inner.more, inner.more + given.K * V, 0.0f);
     }
-    const LinearTerms terms(given, of_content(), of_ids());
+    from_positives(dpositive, inner);
     if (!terms.none()) terms.add_gradients(share.data(), inner, dcorrection.data());
-    if (to.content == nullptr && to.scale == nullptr) inner.dx = nullptr;
-    if (to.ids == nullptr && to.negatives == nullptr) inner.dy = nullptr;
-    contrastive_loss_backward(contrast, limits, state.row, state.col, drow.data(), dcol.data(), state.kept, inner, threads, isa);
+    if (!need_x) inner.dx = nullptr;
+    if (!need_y) inner.dy = nullptr;
+    contrastive_loss_backward(contrast, limits, state.row, state.col, drow.data(), dcol.data(), state.kept, inner, threads,
+                              isa);
+    if (need_x) {
+      const double along = finish_gradients(contrast.x, 0, B, V, given.scale, inner.dx, to.content, threads, isa);
+      if (to.scale != nullptr) *to.scale = along;
+      room_x.reset();
+    }
+    if (to.ids != nullptr) finish_gradients(contrast.y, 0, B, V, 1.0, inner.dy, to.ids, threads, isa);
+    room_y.reset();
+    if (to.negatives != nullptr) finish_gradients(contrast.y, B, M, V, 1.0, inner.more, to.negatives, threads, isa);
     if (to.bias != nullptr) *to.bias = dbias + from_matrix;
     for (std::int64_t i = 0; to.log_q != nullptr && i < B; ++i) {
       to.log_q[i] = -static_cast<float>(doffset[size(i)] + dcorrection[size(i)]);
@@ -128,14 +149,14 @@ struct Whole {
   }
 
  private:
-  const float* of_content() const { return given.normalize ? inverse.data() : nullptr; }
-  const float* of_ids() const { return given.normalize ? inverse.data() + B : nullptr; }
+  const float* of_content() const { return state.inverse; }
+  const float* of_ids() const { return given.normalize ? state.inverse + B : nullptr; }
   double ways() const { return given.rows && given.cols ? 2.0 : 1.0; }
   double weight(std::int64_t i) const { return given.weight == nullptr ? 1.0 : given.weight[i]; }
 
   // The positive's logit.
   double positive(std::int64_t i) const {
-    return similarity[size(i)] + given.bias - (given.log_q == nullptr ? 0.0 : given.log_q[i]);
+    return state.similarity[i] + given.bias - (given.log_q == nullptr ? 0.0 : given.log_q[i]);
   }
 
   // The logsumexp over the others less the positive's logit.
@@ -160,36 +181,72 @@ struct Whole {
     if (!given.sigmoid) dpositive[size(i)] -= slope;
   }
 
-  // Where a gradient that is wanted goes, and one that is needed for another.
-  float* room(float* wanted, std::int64_t rows, Floats& own) const {
-    if (wanted != nullptr) return wanted;
-    own.resize(size(rows * V));
-    return pointer(own);
+  // Where a gradient is added up: where it is wanted, if that is in float32.
+  float* place(void* wanted, std::int64_t rows, Room& own) const {
+    if (wanted != nullptr && given.storage == Storage::f32) return static_cast<float*>(wanted);
+    own.reset(new float[size(rows * V)]);
+    return own.get();
   }
 
   // The positives' part of the gradients; it is what the rest is added to.
   void from_positives(const Doubles& dpositive, const ContrastGradients& to) const {
     const int parts = static_cast<int>(std::min<std::int64_t>(threads, 1 + B * V / 100000));
     parallel_for(threads, parts, [&](int part) {
+      Floats room(size(V));
       for (std::int64_t i = B * part / parts; i < B * (part + 1) / parts; ++i) {
-        const double to_x = dpositive[size(i)] * (given.normalize ? inverse[size(B + i)] : 1.0f);
-        const double to_y = dpositive[size(i)] * given.scale * (given.normalize ? inverse[size(i)] : 1.0f);
-        const float by_x = static_cast<float>(to_x), by_y = static_cast<float>(to_y);
-        const float *const x = given.content + i * V, *const y = given.ids + i * V;
-        float *const dx = to.dx + i * V, *const dy = to.dy + i * V;
-        for (std::int64_t v = 0; v < V; ++v) dx[v] = by_x * y[v];
-        for (std::int64_t v = 0; v < V; ++v) dy[v] = by_y * x[v];
+        const double to_x = dpositive[size(i)] * (given.normalize ? of_ids()[i] : 1.0f);
+        const double to_y = dpositive[size(i)] * given.scale * (given.normalize ? of_content()[i] : 1.0f);
+        const auto set = [&](const Embeddings& from, double times, float* to_row) {
+          const float* const row = row_as_floats(from, i, V, room.data(), isa);
+          const float by = static_cast<float>(times);
+          for (std::int64_t v = 0; v < V; ++v) to_row[v] = by * row[v];
+        };
+        if (to.dx != nullptr) set(contrast.y, to_x, to.dx + i * V);
+        if (to.dy != nullptr) set(contrast.x, to_y, to.dy + i * V);
       }
     });
-    std::fill(to.more, to.more + given.K * V, 0.0f);
   }
 };
 
 }  // namespace
 
+std::int64_t whole_state_size(const WholeContrast& given, bool keep) {
+  const std::int64_t B = given.B, M = given.B + given.K;
+  const std::int64_t of_rows = (given.rows ? B : 0) + (given.cols ? B : 0) + (given.normalize ? B + M : 0) + 1;
+  const std::int64_t logits = keep ? B * ((M + kKeptUnit - 1) / kKeptUnit * kKeptUnit) : 0;
+  return 2 * B + (by_item(given) ? B : 0) + (of_rows + logits + 1) / 2;
+}
+
+WholeState whole_state(const WholeContrast& given, bool keep, double* memory) {
+  const std::int64_t B = given.B, M = given.B + given.K;
+  WholeState state{};
+  state.losses = memory;
+  state.similarity = memory + B;
+  memory += 2 * B;
+  if (by_item(given)) {
+    state.order = reinterpret_cast<std::int64_t*>(memory);
+    memory += B;
+  }
+  float* at = reinterpret_cast<float*>(memory);
+  const auto take = [&](bool wanted, std::int64_t n) {
+    float* const first = wanted ? at : nullptr;
+    if (wanted) at += n;
+    return first;
+  };
+  const std::int64_t stride = (M + kKeptUnit - 1) / kKeptUnit * kKeptUnit;
+  state.kept = {take(keep, B * stride), stride};
+  state.row = take(given.rows, B);
+  state.col = take(given.cols, B);
+  state.inverse = take(given.normalize, B + M);
+  state.longest = take(true, 1);
+  return state;
+}
+
 double contrastive_loss_whole_forward(const WholeContrast& given, const ShiftLimits& limits, const WholeState& state,
                                       int threads, Isa isa) {
-  return Whole(given, limits, state, threads, isa).forward();
+  const Whole whole(given, limits, state, threads, isa);
+  whole.prepare();
+  return whole.forward();
 }
 
 void contrastive_loss_whole_backward(const WholeContrast& given, const ShiftLimits& limits, const WholeState& state,

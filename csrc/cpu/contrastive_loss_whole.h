@@ -2,11 +2,14 @@
 // matrix of logits then takes no tensors of the size of the embeddings, and few calls where there are few logits.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "contrastive_loss.h"
 
 namespace em3 {
+
+inline std::size_t size(std::int64_t n) { return static_cast<std::size_t>(n); }
 
 enum class Duplicates { mask, positive, keep };
 enum class Reduction { mean, sum, none };
@@ -19,7 +22,8 @@ struct WholeContrast {
   bool rows, cols;  // content to ID, ID to content: at least one
   bool normalize;
   std::int64_t B, K, V;
-  const float *content, *ids, *negatives;  // [B, V], [B, V], [K, V], one block each
+  Storage storage;                        // of the embeddings
+  const void *content, *ids, *negatives;  // [B, V], [B, V], [K, V], one block each
   double scale, bias, smoothing;
   const std::int64_t* item_ids;  // [B]; null = every row is an item of its own
   const float *log_q, *weight;   // [B]; null = 0 and 1
@@ -27,14 +31,23 @@ struct WholeContrast {
 
 // What the forward leaves for the backward.
 struct WholeState {
-  float *row, *col;  // [B], null where the direction is not asked for
-  double* losses;    // [B], of the rows, without their weights
+  double* losses;       // [B], of the rows, without their weights
+  double* similarity;   // [B], of the positives, times the scale
+  std::int64_t* order;  // [B], of rows by their items; null where these make no difference
+  float *row, *col;     // [B], null where the direction is not asked for
+  float *inverse;       // lengths, [B] of content and [B + K] of the IDs and negatives; null unless they are normalised
+  float* longest;       // one number, see longest_product()
   Kept kept;
 };
 
+// It is one block of so many doubles, of which the losses are the first. Only sizes, options and whether there are item ids
+// are read.
+std::int64_t whole_state_size(const WholeContrast& given, bool keep);
+WholeState whole_state(const WholeContrast& given, bool keep, double* memory);
+
 // Null where not wanted, uninitialised where they are.
 struct WholeGradients {
-  float *content, *ids, *negatives;  // like the embeddings
+  void *content, *ids, *negatives;  // like the embeddings
   double *scale, *bias;
   float *log_q, *weight;  // [B]
 };
@@ -43,7 +56,8 @@ struct WholeGradients {
 double contrastive_loss_whole_forward(const WholeContrast& given, const ShiftLimits& limits, const WholeState& state,
                                       int threads, Isa isa);
 
-// `upstream` is the gradient to the loss, one number, or one a row for Reduction::none.
+// `upstream` is the gradient to the loss, one number, or one a row for Reduction::none. In half precision two float32
+// gradients of the embeddings' shape are there meanwhile.
 void contrastive_loss_whole_backward(const WholeContrast& given, const ShiftLimits& limits, const WholeState& state,
                                      const double* upstream, const WholeGradients& to, int threads, Isa isa);
 

@@ -135,8 +135,6 @@ def contrastive_loss(content: Tensor, ids_embedding: Tensor, *, item_ids: Tensor
     request = _dispatch.requested(backend)
     options = dict(duplicates=duplicates, kind=kind, label_smoothing=label_smoothing, direction=direction,
                    reduction=reduction, normalize=normalize)  # fmt: skip
-    if group is None:
-        check.weights(weight)
     if group is None and whole.serves(content, request):
         found = whole.loss(
             content, ids_embedding, negatives, logit_scale, logit_bias, item_ids, log_q, weight, options, request
@@ -149,7 +147,9 @@ def contrastive_loss(content: Tensor, ids_embedding: Tensor, *, item_ids: Tensor
     )  # fmt: skip
     weight = widened(weight, content)
     scope: Scope = Alone(content.shape[0])
-    if group is not None:
+    if group is None:
+        check.weights(weight)
+    else:
         batch, scope = shared(group, batch, weight, options | plain(logit_scale=logit_scale, logit_bias=logit_bias))
     loss = terms.losses(batch, scope, request)
     return terms.reduced(loss, weight, reduction, scope).to(dtype)

@@ -99,9 +99,9 @@ def test_operators_match_the_reference(backend, kind, seed, monkeypatch):
 
 
 @pytest.mark.parametrize("backend", COMPILED)
-@pytest.mark.parametrize("kept", [0, 10**9], ids=["made twice", "kept"])
+@pytest.mark.parametrize("kept", [False, True], ids=["made twice", "kept"])
 def test_logits_made_twice_or_kept(backend, kept, seed, monkeypatch):
-    monkeypatch.setattr(_contrastive_whole, "KEPT", kept)
+    monkeypatch.setattr(_contrastive_whole, "keeps", lambda *args: kept)
 
     @settings(max_examples=40)
     @given(case=cases((1, 2, 33, 130)), kind=st.sampled_from(["infonce", "sigmoid"]), salt=st.integers(0, 2**31))
@@ -127,7 +127,7 @@ def test_memory_is_linear_in_the_batch(backend, v):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         op(backend)(**args)
     rows = sum(nbytes for address, nbytes in kept.items() if address not in {t.data_ptr() for t in oracle.leaves(args)})
-    assert rows <= b * (4 * 2 + 8 + 8 + 8)  # two sums, the loss, the item's number
+    assert rows <= b * (4 * 2 + 4 * 2 + 8 * 4) + 64  # two sums, two lengths, the loss, the positive, the item and its place
 
 
 @pytest.mark.parametrize("backend", COMPILED)
@@ -155,6 +155,58 @@ def test_only_what_takes_a_gradient_gets_one(backend, options):
 def test_half_types(backend, dtype, duplicates):
     args = make(64, 32, ids=20, log_q=True, weight=True, duplicates=duplicates, label_smoothing=0.1)
     oracle.check(op(backend), reference.contrastive_loss, args, dtype)
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("dtype", oracle.HALF, ids=str)
+@pytest.mark.parametrize("kind", ["infonce", "sigmoid"])
+def test_half_rows_are_read_and_written_as_they_are(backend, dtype, kind, seed):
+    """Few rows, whole tiles, odd widths and batches, and candidates of every number."""
+
+    @settings(max_examples=12)
+    @given(case=cases((3, 8, 33, 130), kind), k=st.sampled_from([0, 1, 300]), salt=st.integers(0, 2**31))
+    def check(case, k, salt):
+        torch.manual_seed(seed ^ salt)
+        case = case | dict(k=0 if case["direction"] == "id_to_content" else k)
+        oracle.check(op(backend), reference.contrastive_loss, make(**case), dtype, salt)
+
+    check()
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+def test_logits_of_half_types_are_as_exact_as_those_of_floats(backend):
+    """The loss of rows in bf16 is that of the same rows in float32, also where these are multiplied as they are."""
+    args = oracle.convert(oracle.convert(make(70, 129, k=9, scale=50.0), torch.bfloat16), torch.float32)
+    half = args | {name: args[name].bfloat16() for name in ("content", "ids_embedding", "negatives")}
+    inputs = dict(logit_scale=50.0, reduction="none")
+    with torch.no_grad():
+        got, want = (op(backend)(**{name: a for name, a in given.items() if name != "logit_scale"}, **inputs) for given in (half, args))
+    assert oracle.relative_error(got, want.bfloat16()) < 1e-3
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("largest", SUMS, ids=["one exponential", "logsumexp"])
+def test_many_negatives_for_few_rows(backend, dtype, largest, seed, monkeypatch):
+    """Frozen ones as a queue's are, and learned ones; on several threads, which share the negatives among them."""
+    monkeypatch.setattr(tiled, "LARGEST_LOGIT", largest)
+    threads = torch.get_num_threads()
+
+    @settings(max_examples=15)
+    @given(b=st.sampled_from([1, 2, 7, 8, 9, 30]), k=st.sampled_from([150, 1500]), v=st.sampled_from([5, 16, 72]),
+           frozen=st.booleans(), sigmoid=st.booleans(), count=st.sampled_from([1, 3]), salt=st.integers(0, 2**31))  # fmt: skip
+    def check(b, k, v, frozen, sigmoid, count, salt):
+        torch.manual_seed(seed ^ salt)
+        torch.set_num_threads(count)
+        args = make(b, v, k=k, ids=4, log_q=True, weight=True, kind="sigmoid" if sigmoid else "infonce")
+        args["negatives"].requires_grad_(not frozen)
+        oracle.check(op(backend), reference.contrastive_loss, args, dtype, salt)
+        oracle.same_bits_twice(op(backend), oracle.convert(args, dtype))
+
+    try:
+        check()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_label_smoothing_is_that_of_cross_entropy():
@@ -197,6 +249,22 @@ def test_several_real_tiles(backend):
     b = max(tiled.TILE) + 37
     args = make(b, 16, ids=b // 2, log_q=True, weight=True, label_smoothing=0.1)
     oracle.check(op(backend), reference.contrastive_loss, args, torch.float32)
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
+def test_numbers_of_any_dtype_and_shape(backend, dtype, shape):
+    """Scale and bias, and what is one number a row, beside embeddings in float32."""
+    args = oracle.convert(make(9, 4, log_q=True, weight=True, kind="sigmoid", scale=3.0), torch.float32)
+    want = torch.autograd.grad(op(backend)(**args), oracle.leaves(args))
+    other = {name: args[name].detach().to(dtype) for name in ("logit_scale", "logit_bias", "log_q", "weight")}
+    other |= {name: other[name].view(shape) for name in ("logit_scale", "logit_bias")}
+    args |= {name: tensor.requires_grad_() for name, tensor in other.items()}
+    got = torch.autograd.grad(op(backend)(**args), oracle.leaves(args))
+    for leaf, g, w in zip(oracle.leaves(args), got, want, strict=True):
+        assert (g.dtype, g.shape) == (leaf.dtype, leaf.shape)
+        torch.testing.assert_close(g.float().view(w.shape), w, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

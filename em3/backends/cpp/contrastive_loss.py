@@ -1,17 +1,20 @@
-"""In-batch contrast without the ``B x B`` matrix: the compiled CPU kernel, float32.
+"""In-batch contrast without the ``B x B`` matrix: the compiled CPU kernel.
 
 The contract of ``forward`` and ``backward`` is that of ``em3.ops._contrastive_operator``; memory beyond the outputs is some
 numbers a row, and a tile and the rows that it meets a thread. The torch backend says when one exponential serves rows and
-columns. ``whole_forward`` and ``whole_backward`` are the loss from the embeddings on, for ``em3.ops._contrastive_whole``.
+columns. ``whole_forward`` and ``whole_backward`` are the loss from the embeddings on, for ``em3.ops._contrastive_whole``: these
+take the half types too, and read and write the embeddings as they are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...ops import _contrastive_checks as check
 from .. import cpp
 from ..torch import contrastive_loss as tiled
 from . import unavailable
@@ -99,48 +102,55 @@ def limits() -> tuple[float, ...]:
     return tiled.TOP, tiled.LOW, tiled.LARGEST_LOGIT, tiled.LARGEST_SPREAD
 
 
-def whole_forward(inputs: list[Tensor | None], item_ids: Tensor | None, options: dict[str, Any],
-                  keep: bool) -> tuple[float, list[Tensor | None]]:  # fmt: skip
-    """The loss (0 for ``reduction="none"``), and what the backward needs: the two directions' sums ``[B]``, float64 losses
-    ``[B]`` without weights and, with ``keep``, the logits.
+def whole_forward(inputs: Sequence[Tensor | None], numbers: tuple[float, float], item_ids: Tensor | None, options: dict[str, Any],
+                  keep: bool) -> tuple[float, Tensor]:  # fmt: skip
+    """The loss (0 for ``reduction="none"``), and what the backward needs: float64, of which the first ``B`` are the rows' losses
+    without weights. With ``keep``, the logits are part of it.
 
-    ``inputs`` are content, ids_embedding, negatives, logit_scale, logit_bias, log_q and weight.
+    ``inputs`` are content, ids_embedding and negatives, of one dtype, log_q and weight; ``numbers`` scale and bias.
+
+    Raises:
+        ValueError: for a log_q that is no logarithm of probabilities, and weights below 0.
     """
-    content, _, negatives, *_ = inputs
+    content, _, negatives, log_q, weight = inputs
     assert content is not None
-    b = content.shape[0]
-    m = b if negatives is None else b + negatives.shape[0]
-    sums = [empty(b) if options["direction"] in ("both", way) else None for way in ("content_to_id", "id_to_content")]
-    unit = cpp.compiled().KEPT_UNIT
-    kept = empty(b, -(-m // unit) * unit) if keep else None
-    state = [*sums, torch.empty(b, dtype=torch.float64, device="cpu"), kept]
-    found: float = cpp.compiled().contrastive_loss_whole_forward(
-        *_whole(inputs, item_ids, options, state), torch.get_num_threads(), cpp.isa
+    lib, k = cpp.compiled(), 0 if negatives is None else negatives.shape[0]
+    state = torch.empty(
+        lib.contrastive_loss_whole_state(
+            content.shape[0], k, item_ids is not None, options["duplicates"], options["direction"], options["normalize"], keep
+        ),
+        dtype=torch.float64, device="cpu",
+    )  # fmt: skip
+    found = lib.contrastive_loss_whole_forward(
+        *_whole(inputs, numbers, item_ids, options, state), check.ROUNDING, torch.get_num_threads(), cpp.isa
     )
+    if found is None:
+        check.log_probabilities(None if log_q is None else -log_q.detach().float())
+        check.weights(weight)
     return found, state
 
 
-def whole_backward(upstream: Tensor, inputs: list[Tensor | None], item_ids: Tensor | None, options: dict[str, Any],
-                   state: list[Tensor | None], need: list[bool]) -> list[Tensor | None]:  # fmt: skip
-    """The gradients to ``inputs`` that ``need`` asks for, in float32, those to numbers in float64."""
-    number = torch.float64
-    dtypes = (torch.float32, torch.float32, torch.float32, number, number, torch.float32, torch.float32)
-    grads = [
-        torch.empty(t.shape, dtype=dtype, device="cpu") if n and t is not None else None
-        for t, n, dtype in zip(inputs, need, dtypes, strict=True)
-    ]
-    grads[3:5] = [None if g is None else g.view(()) for g in grads[3:5]]
+def whole_backward(upstream: Tensor, inputs: Sequence[Tensor | None], numbers: tuple[float, float], item_ids: Tensor | None,
+                   options: dict[str, Any], state: Tensor, grads: Sequence[Tensor | None]) -> None:  # fmt: skip
+    """Fills ``grads``: those to ``inputs``, of the embeddings' dtype and float32, then those to ``numbers``, float64 or float32;
+    None where not wanted."""
+    given = upstream.double().contiguous() if options["reduction"] == "none" else upstream.item()
+    dcontent, dids, dnegatives, dlog_q, dweight, dscale, dbias = grads
     cpp.compiled().contrastive_loss_whole_backward(
-        upstream.double().contiguous(), *_whole(inputs, item_ids, options, state), *grads, torch.get_num_threads(), cpp.isa
-    )
-    return grads
+        given, *_whole(inputs, numbers, item_ids, options, state), dcontent, dids, dnegatives, dscale, dbias, dlog_q, dweight,
+        torch.get_num_threads(), cpp.isa,
+    )  # fmt: skip
 
 
-def _whole(inputs: list[Tensor | None], item_ids: Tensor | None, options: dict[str, Any], state: list[Tensor | None]) -> tuple:
-    content, ids, negatives, _, _, log_q, weight = (None if t is None else t.float().contiguous() for t in inputs)
-    scale, bias = (0.0 if t is None else t.item() for t in inputs[3:5])  # in double precision, as they come
+def _whole(inputs: Sequence[Tensor | None], numbers: tuple[float, float], item_ids: Tensor | None, options: dict[str, Any],
+           state: Tensor) -> tuple:  # fmt: skip
+    content, ids, negatives, log_q, weight = [None if t is None else t.contiguous() for t in inputs]
+    if log_q is not None:
+        log_q = log_q.float()
+    if weight is not None:
+        weight = weight.float()
     return (
-        content, ids, negatives, scale, bias,
-        None if item_ids is None else item_ids.contiguous().long(), log_q, weight, options["kind"], options["duplicates"],
-        options["direction"], options["reduction"], options["label_smoothing"], options["normalize"], *state, limits(),
+        content, ids, negatives, *numbers, None if item_ids is None else item_ids.long().contiguous(), log_q, weight,
+        options["kind"], options["duplicates"], options["direction"], options["reduction"], options["label_smoothing"],
+        options["normalize"], state, limits(),
     )  # fmt: skip

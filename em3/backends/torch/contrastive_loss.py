@@ -28,7 +28,7 @@ TILE = (1024, 1024)
 # sum under e^LOW is not trusted: what was rounded to zero, less than e^-87 a term, is under e^-27 of any other.
 TOP, LOW = 40.0, -60.0
 # Beyond these the attempt is not worth making: most sums would fall under LOW, or the weights e^offset underflow.
-LARGEST_LOGIT, LARGEST_SPREAD = 150.0, 20.0
+LARGEST_LOGIT, LARGEST_SPREAD = 150.0, 40.0
 
 
 def unavailable() -> str | None:
