@@ -320,6 +320,15 @@ def test_log_q_is_subtracted_from_every_candidate(backend):
     torch.testing.assert_close(got, -(own / (own + other)).log())
 
 
+@pytest.mark.parametrize("backend", WITHOUT_TRITON)
+@pytest.mark.parametrize("direction", ["both", "content_to_id", "id_to_content"])
+def test_items_of_very_different_frequency(backend, direction):
+    """Probabilities down to e^-38, which one exponential still serves."""
+    args = make(60, 16, ids=40, weight=True, direction=direction)
+    args["log_q"] = torch.rand(60, dtype=torch.float64).mul(-38).requires_grad_()
+    oracle.check(op(backend), reference.contrastive_loss, args, torch.float32)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strides_and_same_bits(backend):
     args = oracle.convert(make(30, 12, ids=9), torch.float32)
