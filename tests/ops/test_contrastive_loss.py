@@ -186,6 +186,13 @@ def test_logits_of_half_types_are_as_exact_as_those_of_floats(backend):
 
 
 @pytest.mark.parametrize("backend", COMPILED)
+def test_large_half_gradients_are_finished_step_by_step(backend):
+    """Half a megabyte of float32 sums and more, of a number of rows that eight steps do not divide."""
+    args = make(523, 256, k=519, ids=300, weight=True)
+    oracle.check(op(backend), reference.contrastive_loss, args, torch.bfloat16)
+
+
+@pytest.mark.parametrize("backend", COMPILED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("largest", SUMS, ids=["one exponential", "logsumexp"])
 def test_many_negatives_for_few_rows(backend, dtype, largest, seed, monkeypatch):
