@@ -4,8 +4,13 @@
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
+#include <cstddef>
+#include <new>
 #include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "contrastive_loss_terms.h"
 #include "parallel.h"
@@ -25,8 +30,57 @@ double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
 // Whether it makes a difference which rows are of one item.
 bool by_item(const WholeContrast& given) { return given.item_ids != nullptr && given.duplicates != Duplicates::keep; }
 
-// Memory for a gradient that is not written where it is wanted: uninitialised, and to be given back as soon as it is read.
-using Room = std::unique_ptr<float[]>;
+// Memory for a gradient that is not written where it is wanted: uninitialised, and given back to the system as soon as it is
+// read, for where it is wanted is written then. malloc would keep it.
+class Room {
+ public:
+  Room() = default;
+  Room(const Room&) = delete;
+  Room& operator=(const Room&) = delete;
+  ~Room() { reset(); }
+
+  float* get(std::int64_t floats) {
+    const std::size_t bytes = size(floats) * sizeof(float);
+#if defined(__linux__)
+    if (bytes >= kPages) {
+      void* const pages = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      if (pages == MAP_FAILED) throw std::bad_alloc();
+      mapped_ = bytes;
+      return first_ = static_cast<float*>(pages);
+    }
+#endif
+    return first_ = static_cast<float*>(::operator new(bytes));
+  }
+
+  bool pages() const { return mapped_ > 0; }
+
+  // The first `floats` have been read for the last time.
+  void give_back(std::int64_t floats) {
+#if defined(__linux__)
+    constexpr std::size_t kPage = 1 << 16;  // or a part of that
+    if (mapped_ > 0) madvise(first_, size(floats) * sizeof(float) / kPage * kPage, MADV_DONTNEED);
+#else
+    (void)floats;
+#endif
+  }
+
+  void reset() {
+#if defined(__linux__)
+    if (mapped_ > 0) {
+      munmap(first_, mapped_);
+      first_ = nullptr;
+      mapped_ = 0;
+    }
+#endif
+    ::operator delete(first_);
+    first_ = nullptr;
+  }
+
+ private:
+  static constexpr std::size_t kPages = std::size_t{1} << 19;  // fewer bytes are not worth a call of the system
+  float* first_ = nullptr;
+  std::size_t mapped_ = 0;
+};
 
 struct Whole {
   const WholeContrast& given;
@@ -135,13 +189,11 @@ struct Whole {
     contrastive_loss_backward(contrast, limits, state.row, state.col, drow.data(), dcol.data(), state.kept, inner, threads,
                               isa);
     if (need_x) {
-      const double along = finish_gradients(contrast.x, 0, B, V, given.scale, inner.dx, to.content, threads, isa);
+      const double along = finish(contrast.x, 0, B, given.scale, inner.dx, to.content, room_x);
       if (to.scale != nullptr) *to.scale = along;
-      room_x.reset();
     }
-    if (to.ids != nullptr) finish_gradients(contrast.y, 0, B, V, 1.0, inner.dy, to.ids, threads, isa);
-    room_y.reset();
-    if (to.negatives != nullptr) finish_gradients(contrast.y, B, M, V, 1.0, inner.more, to.negatives, threads, isa);
+    if (to.ids != nullptr) finish(contrast.y, 0, B, 1.0, inner.dy, to.ids, room_y);
+    if (to.negatives != nullptr) finish(contrast.y, B, M, 1.0, inner.more, to.negatives, room_more);
     if (to.bias != nullptr) *to.bias = dbias + from_matrix;
     for (std::int64_t i = 0; to.log_q != nullptr && i < B; ++i) {
       to.log_q[i] = -static_cast<float>(doffset[size(i)] + dcorrection[size(i)]);
@@ -184,8 +236,22 @@ struct Whole {
   // Where a gradient is added up: where it is wanted, if that is in float32.
   float* place(void* wanted, std::int64_t rows, Room& own) const {
     if (wanted != nullptr && given.storage == Storage::f32) return static_cast<float*>(wanted);
-    own.reset(new float[size(rows * V)]);
-    return own.get();
+    return own.get(rows * V);
+  }
+
+  // finish_gradients(); of much memory in a few steps, after each of which what has been read is given back.
+  double finish(const Embeddings& of, std::int64_t begin, std::int64_t end, double scale, const float* from, void* to,
+                Room& room) const {
+    const std::int64_t steps = room.pages() ? 8 : 1, step = (end - begin + steps - 1) / steps;
+    double along = 0.0;
+    for (std::int64_t first = begin; first < end; first += step) {
+      const std::int64_t last = std::min(first + step, end), done = (first - begin) * V;
+      char* const there = to == nullptr ? nullptr : static_cast<char*>(to) + done * bytes_of(given.storage);
+      along += finish_gradients(of, first, last, V, scale, from + done, there, threads, isa);
+      room.give_back((last - begin) * V);
+    }
+    room.reset();
+    return along;
   }
 
   // The positives' part of the gradients; it is what the rest is added to.

@@ -37,7 +37,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
 }
 # To be raised with every change after which another backend, strategy or tile may be the fastest: what was tuned before
 # is then ignored. Not a hash of the sources: a comment's change would cost every user their measurements.
-VERSIONS: dict[str, int] = {"qformer_attention": 3, "lora_linear": 3, "lora_target_attention": 3, "contrastive_loss": 3}
+VERSIONS: dict[str, int] = {"qformer_attention": 3, "lora_linear": 3, "lora_target_attention": 3, "contrastive_loss": 4}
 NAMES = ("auto", *dict.fromkeys(name for names in BACKENDS.values() for name in names))
 
 _PACKAGES = {"cpp": "em3.backends.cpp", "triton": "em3.backends.triton", "torch": "em3.backends.torch"}

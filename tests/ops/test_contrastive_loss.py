@@ -185,6 +185,13 @@ def test_logits_of_half_types_are_as_exact_as_those_of_floats(backend):
 
 
 @pytest.mark.parametrize("backend", COMPILED)
+def test_large_half_gradients_are_finished_step_by_step(backend):
+    """Half a megabyte of float32 sums and more, of a number of rows that eight steps do not divide."""
+    args = make(523, 256, k=519, ids=300, weight=True)
+    oracle.check(op(backend), reference.contrastive_loss, args, torch.bfloat16)
+
+
+@pytest.mark.parametrize("backend", COMPILED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("largest", SUMS, ids=["one exponential", "logsumexp"])
 def test_many_negatives_for_few_rows(backend, dtype, largest, seed, monkeypatch):
@@ -317,6 +324,15 @@ def test_log_q_is_subtracted_from_every_candidate(backend):
     got = op(backend)(content=x, ids_embedding=x, logit_scale=2.0, log_q=log_q, direction="content_to_id", reduction="none")
     own, other = torch.tensor(2.0).exp() / torch.tensor([0.9, 0.1]), 1 / torch.tensor([0.1, 0.9])
     torch.testing.assert_close(got, -(own / (own + other)).log())
+
+
+@pytest.mark.parametrize("backend", WITHOUT_TRITON)
+@pytest.mark.parametrize("direction", ["both", "content_to_id", "id_to_content"])
+def test_items_of_very_different_frequency(backend, direction):
+    """Probabilities down to e^-38, which one exponential still serves."""
+    args = make(60, 16, ids=40, weight=True, direction=direction)
+    args["log_q"] = torch.rand(60, dtype=torch.float64).mul(-38).requires_grad_()
+    oracle.check(op(backend), reference.contrastive_loss, args, torch.float32)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
