@@ -326,7 +326,7 @@ def test_log_q_is_subtracted_from_every_candidate(backend):
     torch.testing.assert_close(got, -(own / (own + other)).log())
 
 
-@pytest.mark.parametrize("backend", WITHOUT_TRITON)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("direction", ["both", "content_to_id", "id_to_content"])
 def test_items_of_very_different_frequency(backend, direction):
     """Probabilities down to e^-38, which one exponential still serves."""
