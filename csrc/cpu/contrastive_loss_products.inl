@@ -145,7 +145,11 @@ template <bool PAIRS>
 EM3_INLINE V load_packed(const Source& from, uintptr_t row, int64_t v) {
   if constexpr (PAIRS) {
     const int64_t left = from.V - 2 * v;
-    if (left >= 2 * kVec) return load(reinterpret_cast<const float*>(row) + v);
+    if (left >= 2 * kVec) {  // a row of odd width may begin between two floats
+      V pairs;
+      std::memcpy(&pairs, reinterpret_cast<const Half*>(row) + 2 * v, sizeof pairs);
+      return pairs;
+    }
     Pair last[kVec] = {};
     for (int64_t k = 0; k < left; k += 2) {
       const auto* const both = reinterpret_cast<const Half*>(row) + 2 * v + k;
