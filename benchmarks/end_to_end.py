@@ -54,9 +54,7 @@ def draw(setting: Setting, rows: int) -> Batch:
     of = lengths(rows, setting.history, skewed=True).clamp(max=setting.history)  # as `history_length` cuts them
     item = torch.multinomial(weight, rows, replacement=True)
     seen = torch.multinomial(weight, int(of.sum()), replacement=True)
-    distinct, inverse = item.unique(return_inverse=True)
-    return Batch(torch.randint(USERS, (rows,)) + 1, item, item + 1, Jagged(seen, offsets(of)), Jagged(seen + 1, offsets(of)),
-                 torch.randint(2, (rows,)).float(), distinct, inverse)  # fmt: skip
+    return Batch.from_rows(item, Jagged(seen, offsets(of)), torch.randint(2, (rows,)), user=torch.randint(USERS, (rows,)))
 
 
 def tokens(items: int, setting: Setting) -> list[Jagged]:
@@ -184,10 +182,8 @@ def _request(setting: Setting) -> Batch:
     """One user, as many rows as candidates, and the same history in each: as rankers take a request."""
     item = torch.randperm(ITEMS)[:CANDIDATES]
     seen = torch.randint(ITEMS, (setting.history,)).repeat(CANDIDATES)
-    of = offsets(torch.full((CANDIDATES,), setting.history))
-    distinct, inverse = item.unique(return_inverse=True)
-    return Batch(torch.ones_like(item), item, item + 1, Jagged(seen, of), Jagged(seen + 1, of),
-                 torch.zeros(CANDIDATES), distinct, inverse)  # fmt: skip
+    history = Jagged(seen, offsets(torch.full((CANDIDATES,), setting.history)))
+    return Batch.from_rows(item, history, torch.zeros(CANDIDATES), user=torch.zeros_like(item))
 
 
 def _peak(arm: str, setting: Setting, device: str) -> int | None:

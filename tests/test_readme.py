@@ -1,4 +1,4 @@
-"""The examples of the README are run as they stand there."""
+"""The examples of the README, and of docs/ranker.md, are run as they stand there."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 README = Path(__file__).resolve().parents[1] / "README.md"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(), re.M | re.S)
+def blocks(language: str, path: Path = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.M | re.S)
 
 
 def test_the_layers(tmp_path, monkeypatch):
@@ -29,6 +29,14 @@ def test_the_layers(tmp_path, monkeypatch):
     assert names["interest"].shape == (2, 256)
     assert names["ids"].weight.grad.any()
     assert names["to_id"].weight.grad.any()
+
+
+def test_em3_around_another_ranker():
+    names: dict = {}
+    (block,) = blocks("python", README.parent / "docs" / "ranker.md")
+    exec(compile(block, "docs/ranker.md", "exec"), names)
+    assert names["logits"].shape == (500,)
+    assert names["losses"].contrast > 0
 
 
 def test_training_from_end_to_end(tmp_path):

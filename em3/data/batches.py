@@ -30,6 +30,21 @@ class Batch:
     inverse: Tensor  # [B] int64: item == distinct[inverse]
     history_age: Tensor | None = None  # [T] int64, seconds from each event of a history to its row; None unless asked for
 
+    @classmethod
+    def from_rows(cls, item: Tensor, history: Jagged, label: Tensor, *, user: Tensor | None = None,
+                  history_age: Tensor | None = None) -> Batch:  # fmt: skip
+        """Of catalogue numbers alone, where every item and user is known.
+
+        Args:
+            item, user: ``[B]`` int64, from 0; without ``user`` all are row 0's unseen one.
+            history: catalogue numbers, oldest first, of ``B`` rows.
+            label: ``[B]``.
+        """
+        distinct, inverse = item.unique(return_inverse=True)
+        user_id = torch.zeros_like(item) if user is None else user + 1
+        history_id = Jagged(history.values() + 1, history.offsets())
+        return cls(user_id, item, item + 1, history, history_id, label.float(), distinct, inverse, history_age)
+
     def distinct_id(self) -> Tensor:
         """``[U]``: the ID rows of ``distinct``."""
         return torch.empty_like(self.distinct).scatter_(0, self.inverse, self.item_id)
