@@ -353,6 +353,7 @@ def test_the_cost_model_takes_the_cheaper_form():
     bank = torch.empty(100_000, 256, device="meta")
     assert cheaper(64 * 200, 64, bank, 1, 4, 256) == "absorb"
     assert cheaper(1 * 200, 1, bank, 500, 4, 256) == "project"
+    assert cheaper(4 * 100, 4, torch.empty(20_000, 1024, device="meta"), 1, 4, 32) == "absorb"
 
 
 def messages() -> dict[str, tuple[dict[str, Any], str]]:
