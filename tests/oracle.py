@@ -98,7 +98,7 @@ def check(fn: Callable[..., Tensor], reference: Callable[..., Tensor], args: dic
 
     float32 to 1e-5, float64 to 1e-11, the half types to twice the error that the reference itself makes in that type
     (its error in this tensor, or its root mean square over all of them: in one small tensor it may be lucky; where that
-    is not enough, its largest error over this draw and three beside it). A draw for which the reference is over half the
+    is not enough, its largest error over this draw and seven beside it). A draw for which the reference is over half the
     limit in float32 too (a softmax of scores near 100, a gradient that nearly cancels) gets as much.
     A gradient that is zero by mathematics (a key bias under one softmax, the queries of an item with one token) has no
     norm to be measured by; so no gradient is asked to be better than the same share of a third of the largest one, and
@@ -117,7 +117,7 @@ def check(fn: Callable[..., Tensor], reference: Callable[..., Tensor], args: dic
     if dtype in HALF or (dtype == torch.float32 and not max(errors) <= least):
         own = _own_errors(reference, rounded, dtype, seed, floors)
         if any(e > max(2 * float(o), least) for e, o in zip(errors, own, strict=True)):
-            beside = [_beside(rounded, 1 + k / 64) for k in (1, 2, 3)]
+            beside = [_beside(rounded, 1 + k / 64) for k in range(1, 8)]
             own = torch.stack([own, *(_own_errors(reference, b, dtype, seed, floors) for b in beside)]).amax(0)
         limits = (2 * own).clamp(min=least).tolist()
     for i, (g, w, error, limit) in enumerate(zip(got, want, errors, limits, strict=True)):
