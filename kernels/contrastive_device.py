@@ -66,6 +66,26 @@ def _transposed(tile):
 
 
 @triton.jit
+def _whole(base, at, row_in, V, ROWS: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    """A tile of all columns, where these are taken at once; nothing where chunk by chunk."""
+    tile = None
+    if CHUNK == WIDTH:
+        tile = _tile(base, at, row_in, 0, V, ROWS, WIDTH)
+    return tile
+
+
+@triton.jit
+def _cosines(left, left_low, a, a_low, a_at, a_in, right, right_low, b, b_low, b_at, b_in, V, A: tl.constexpr, B: tl.constexpr,
+             WIDTH: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+    """``a b^T`` of a block of either, before their sizes: of what has been read, or a chunk of V at a time."""
+    if CHUNK == WIDTH:
+        cosine = _product(left, left_low, tl.trans(right), _transposed(right_low))
+    else:
+        cosine = _products(a, a_low, a_at, a_in, b, b_low, b_at, b_in, V, A, B, CHUNK)
+    return cosine
+
+
+@triton.jit
 def _keys(ids, at, anchors, none: tl.constexpr):
     """What must differ between a row and its candidate: the items' numbers, or else the places."""
     key = at

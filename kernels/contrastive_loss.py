@@ -22,6 +22,7 @@ off what they add up, so large sums leave them after every tile, and small produ
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,19 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contrastive_device import (
-    _factor,
-    _halves,
-    _keys,
-    _plus,
-    _power_below,
-    _product,
-    _products,
-    _scaled,
-    _summed,
-    _tile,
-    _transposed,
-)
+from .contrastive_device import _cosines, _factor, _halves, _keys, _plus, _power_below, _scaled, _summed, _tile, _whole
 from .launch import REGISTERS, cdiv, on_device, table, waves
 
 STEP = 16  # what V is a multiple of
@@ -135,9 +124,8 @@ def _statistics(x, x_low, x_size, y, y_low, y_size, scale, row_ids, col_ids, row
     for r in range(first_row, last_row, ROWS):
         i = r + tl.arange(0, ROWS)
         row_in = i < B
-        if CHUNK == WIDTH:
-            left = _tile(x, r, row_in, 0, V, ROWS, WIDTH)
-            left_low = _tile(x_low, r, row_in, 0, V, ROWS, WIDTH)
+        left = _whole(x, r, row_in, V, ROWS, WIDTH, CHUNK)
+        left_low = _whole(x_low, r, row_in, V, ROWS, WIDTH, CHUNK)
         row_size = tl.load(x_size + i, mask=row_in, other=0.0)
         row_high, row_low = row_size * high, row_size * low
         row_key = _keys(row_ids, i, B, -1)
@@ -146,12 +134,11 @@ def _statistics(x, x_low, x_size, y, y_low, y_size, scale, row_ids, col_ids, row
         for c in range(first_col, last_col, COLS):
             j = c + tl.arange(0, COLS)
             col_in = j < M
-            if CHUNK == WIDTH:
-                right = _tile(y, c, col_in, 0, V, COLS, WIDTH)
-                right_low = _tile(y_low, c, col_in, 0, V, COLS, WIDTH)
-                s = _product(left, left_low, tl.trans(right), _transposed(right_low))
-            else:
-                s = _products(x, x_low, r, row_in, y, y_low, c, col_in, V, ROWS, COLS, CHUNK)
+            right = _whole(y, c, col_in, V, COLS, WIDTH, CHUNK)
+            right_low = _whole(y_low, c, col_in, V, COLS, WIDTH, CHUNK)
+            s = _cosines(
+                left, left_low, x, x_low, r, row_in, right, right_low, y, y_low, c, col_in, V, ROWS, COLS, WIDTH, CHUNK
+            )
             s = s * tl.load(y_size + j, mask=col_in, other=0.0)[None, :]
             s = _scaled(s, row_high[:, None], row_low[:, None])
             apart = row_in[:, None] & col_in[None, :]
@@ -197,9 +184,8 @@ def _gradient(a, a_low, a_size, b, b_low, b_size, scale, a_ids, b_ids, a_offset,
     i = r + tl.arange(0, ROWS)
     row_in = i < A
     high, low = _factor(scale)
-    if CHUNK == WIDTH:
-        left = _tile(a, r, row_in, 0, V, ROWS, WIDTH)
-        left_low = _tile(a_low, r, row_in, 0, V, ROWS, WIDTH)
+    left = _whole(a, r, row_in, V, ROWS, WIDTH, CHUNK)
+    left_low = _whole(a_low, r, row_in, V, ROWS, WIDTH, CHUNK)
     row_size = tl.load(a_size + i, mask=row_in, other=0.0)
     row_key = _keys(a_ids, i, A_ANCHORS, -1)
     grad = tl.zeros((ROWS, WIDTH), tl.float32)
@@ -210,10 +196,7 @@ def _gradient(a, a_low, a_size, b, b_low, b_size, scale, a_ids, b_ids, a_offset,
         col_in = j < B
         right = _tile(b, c, col_in, lane * WIDTH, V, COLS, WIDTH)
         right_low = _tile(b_low, c, col_in, lane * WIDTH, V, COLS, WIDTH)
-        if CHUNK == WIDTH:
-            cosine = _product(left, left_low, tl.trans(right), _transposed(right_low))
-        else:
-            cosine = _products(a, a_low, r, row_in, b, b_low, c, col_in, V, ROWS, COLS, CHUNK)
+        cosine = _cosines(left, left_low, a, a_low, r, row_in, right, right_low, b, b_low, c, col_in, V, ROWS, COLS, WIDTH, CHUNK)
         col_size = tl.load(b_size + j, mask=col_in, other=0.0)
         cosine = cosine * row_size[:, None] * col_size[None, :]
         apart = row_in[:, None] & col_in[None, :]
@@ -295,24 +278,34 @@ def split(vectors: Tensor) -> Split:
     return Split(high, None if coarse else low, size)
 
 
-def statistics(sheet: Sheet, rows: bool, cols: bool) -> tuple[Tensor, Tensor]:
-    """The logsumexps of the rows, ``[B]``, and of the columns, ``[N]``, in float64; empty where not asked for."""
-    (x, row_ids, row_offset, b), (y, col_ids, col_offset, n) = sheet.rows, sheet.cols
+def over_rectangles(kernel: Any, tile: Config, sheet: Sheet, given: Sequence[Tensor | None], numbers: tuple[int, ...],
+                    rows: bool, cols: bool, **constants: bool) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """What a forward kernel finds in each rectangle of the matrix: ``[*numbers, splits, B]`` and ``[*numbers, groups, N]``, None
+    where not asked for. ``given`` is what it reads beside the sheet's vectors and scale."""
+    (x, _, _, b), (y, _, _, n) = sheet.rows, sheet.cols
     m, v = y.high.shape
     device = x.high.device
-    tile = config("statistics", v, device)
     row_share, col_share, groups, splits = rectangles(tile, b, m, device)
     of_rows, of_cols = (
-        torch.empty(2, parts, count, dtype=torch.float32, device=device) if asked else None
+        torch.empty(*numbers, parts, count, dtype=torch.float32, device=device) if asked else None
         for parts, count, asked in ((splits, b, rows), (groups, n, cols and n > 0))
     )
     if of_rows is not None or of_cols is not None:
         with on_device(x.high):
-            _statistics[(groups * splits,)](
-                *x, *y, sheet.scale, row_ids, col_ids, row_offset, col_offset, of_rows, of_cols, b, n, m, v,
-                row_share, col_share, groups, splits, OWN=sheet.own, **options(tile),
+            kernel[(groups * splits,)](
+                *x, *y, sheet.scale, *given, of_rows, of_cols, b, n, m, v, row_share, col_share, groups, splits,
+                OWN=sheet.own, **constants, **options(tile),
             )  # fmt: skip
-    row, col = (sheet.scale.new_empty(0) if found is None else _joined(*found) for found in (of_rows, of_cols))
+    return of_rows, of_cols
+
+
+def statistics(sheet: Sheet, rows: bool, cols: bool) -> tuple[Tensor, Tensor]:
+    """The logsumexps of the rows, ``[B]``, and of the columns, ``[N]``, in float64; empty where not asked for."""
+    vectors = sheet.cols.vectors.high
+    tile = config("statistics", vectors.shape[1], vectors.device)
+    given = (sheet.rows.ids, sheet.cols.ids, sheet.rows.offset, sheet.cols.offset)
+    of_both = over_rectangles(_statistics, tile, sheet, given, (2,), rows, cols)
+    row, col = (sheet.scale.new_empty(0) if found is None else _joined(*found) for found in of_both)
     return row, col
 
 
@@ -323,35 +316,38 @@ def _joined(top: Tensor, total: Tensor) -> Tensor:
     return (whole.double() + total.double().log2_()) * math.log(2)  # -inf + log(0) = -inf for no candidate
 
 
+def over_blocks(kernel: Any, tile: Config, sheet: Sheet, given: Sequence[Tensor | None], need: Sequence[bool],
+                **constants: bool) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """What a backward kernel adds up for the rows: ``[A, V]`` and then ``[A]`` each, None where not needed."""
+    (x, _, _, b), (y, _, _, n) = sheet.rows, sheet.cols
+    (a, v), m = x.high.shape, y.high.shape[0]
+    device = x.high.device
+    blocks, slices, splits, share = parts(tile, a, m, v, device)
+    sizes = ((splits, a, v), *[(splits, a)] * (len(need) - 1))
+    out = [torch.empty(size, dtype=torch.float32, device=device) if t else None for size, t in zip(sizes, need, strict=True)]
+    with on_device(x.high):
+        kernel[(blocks * splits * slices,)](
+            *x, *y, sheet.scale, *given, *out, a, b, m, n, v, slices, splits, share, OWN=sheet.own, **constants,
+            **options(tile),
+        )  # fmt: skip
+    # What the programs found that share a block of rows, one after the other.
+    return tuple(None if t is None else t[0] if t.shape[0] == 1 else t.sum(0) for t in out)
+
+
 def gradient(sheet: Sheet, row: Tensor | None, col: Tensor | None, drow: Tensor | None, dcol: Tensor | None,
-             need: tuple[bool, bool, bool]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+             need: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients to the rows' vectors ``[A, V]``, to the scale (the rows' shares of it, ``[A]``) and to the rows' offsets ``[A]``.
 
     ``drow`` and ``dcol`` are the gradients to the statistics ``row`` and ``col``, None for a direction without one. The
     gradients to the columns come from the sheet with its sides exchanged.
     """
-    (x, row_ids, row_offset, b), (y, col_ids, col_offset, n) = sheet.rows, sheet.cols
-    (a, v), m = x.high.shape, y.high.shape[0]
-    device = x.high.device
-    tile = config("gradient", v, device)
-    blocks, slices, splits, share = parts(tile, a, m, v, device)
-    sizes = ((splits, a, v), (splits, a), (splits, a))
-    out = [torch.empty(size, dtype=torch.float32, device=device) if t else None for size, t in zip(sizes, need, strict=True)]
+    vectors = sheet.cols.vectors.high
+    tile = config("gradient", vectors.shape[1], vectors.device)
     (row, drow), (col, dcol) = (
         (None, None) if d is None or t is None else _levels(t, d) for t, d in ((row, drow), (col, dcol))
     )
-    with on_device(x.high):
-        _gradient[(blocks * splits * slices,)](
-            *x, *y, sheet.scale, row_ids, col_ids, row_offset, col_offset, row, col, drow, dcol, *out, a, b, m, n, v, slices,
-            splits, share, OWN=sheet.own, **options(tile),
-        )  # fmt: skip
-    dx, dscale, doffset = (added_up(t) for t in out)
-    return dx, dscale, doffset
-
-
-def added_up(parts: Tensor | None) -> Tensor | None:
-    """What the programs found that share a block of rows, one after the other."""
-    return None if parts is None else parts[0] if parts.shape[0] == 1 else parts.sum(0)
+    given = (sheet.rows.ids, sheet.cols.ids, sheet.rows.offset, sheet.cols.offset, row, col, drow, dcol)
+    return over_blocks(_gradient, tile, sheet, given, need)
 
 
 def _levels(lse: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,9 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import contrastive_loss as infonce
-from .contrastive_device import _factor, _keys, _plus, _product, _products, _summed, _tile, _transposed
+from .contrastive_device import _cosines, _factor, _keys, _plus, _summed, _tile, _whole
 from .contrastive_loss import Sheet
-from .launch import on_device
 
 
 @triton.jit
@@ -100,21 +99,19 @@ def _sums(x, x_low, x_size, y, y_low, y_size, scale, bias, row_ids, col_ids, row
     for r in range(first_row, last_row, ROWS):
         i = r + tl.arange(0, ROWS)
         row_in = i < B
-        if CHUNK == WIDTH:
-            left = _tile(x, r, row_in, 0, V, ROWS, WIDTH)
-            left_low = _tile(x_low, r, row_in, 0, V, ROWS, WIDTH)
+        left = _whole(x, r, row_in, V, ROWS, WIDTH, CHUNK)
+        left_low = _whole(x_low, r, row_in, V, ROWS, WIDTH, CHUNK)
         row_size = tl.load(x_size + i, mask=row_in, other=0.0)
         row_key = _keys(row_ids, i, B, -1)
         total = tl.zeros((ROWS,), tl.float32)
         for c in range(first_col, last_col, COLS):
             j = c + tl.arange(0, COLS)
             col_in = j < M
-            if CHUNK == WIDTH:
-                right = _tile(y, c, col_in, 0, V, COLS, WIDTH)
-                right_low = _tile(y_low, c, col_in, 0, V, COLS, WIDTH)
-                cosine = _product(left, left_low, tl.trans(right), _transposed(right_low))
-            else:
-                cosine = _products(x, x_low, r, row_in, y, y_low, c, col_in, V, ROWS, COLS, CHUNK)
+            right = _whole(y, c, col_in, V, COLS, WIDTH, CHUNK)
+            right_low = _whole(y_low, c, col_in, V, COLS, WIDTH, CHUNK)
+            cosine = _cosines(
+                left, left_low, x, x_low, r, row_in, right, right_low, y, y_low, c, col_in, V, ROWS, COLS, WIDTH, CHUNK
+            )
             cosine = cosine * row_size[:, None] * tl.load(y_size + j, mask=col_in, other=0.0)[None, :]
             col_key = _keys(col_ids, j, N, -2)
             pair = _pairs(row_in, col_in, i, j, row_key, col_key, OWN, row_ids is not None, POSITIVE)
@@ -157,9 +154,8 @@ def _gradient(a, a_low, a_size, b, b_low, b_size, scale, bias, a_ids, b_ids, a_o
     row_in = i < A
     high, low = _factor(scale)
     added, added_low = _factor(bias)
-    if CHUNK == WIDTH:
-        left = _tile(a, r, row_in, 0, V, ROWS, WIDTH)
-        left_low = _tile(a_low, r, row_in, 0, V, ROWS, WIDTH)
+    left = _whole(a, r, row_in, V, ROWS, WIDTH, CHUNK)
+    left_low = _whole(a_low, r, row_in, V, ROWS, WIDTH, CHUNK)
     row_size = tl.load(a_size + i, mask=row_in, other=0.0)
     row_key = _keys(a_ids, i, A_ANCHORS, -1)
     grad = tl.zeros((ROWS, WIDTH), tl.float32)
@@ -171,10 +167,7 @@ def _gradient(a, a_low, a_size, b, b_low, b_size, scale, bias, a_ids, b_ids, a_o
         col_in = j < B
         right = _tile(b, c, col_in, lane * WIDTH, V, COLS, WIDTH)
         right_low = _tile(b_low, c, col_in, lane * WIDTH, V, COLS, WIDTH)
-        if CHUNK == WIDTH:
-            cosine = _product(left, left_low, tl.trans(right), _transposed(right_low))
-        else:
-            cosine = _products(a, a_low, r, row_in, b, b_low, c, col_in, V, ROWS, COLS, CHUNK)
+        cosine = _cosines(left, left_low, a, a_low, r, row_in, right, right_low, b, b_low, c, col_in, V, ROWS, COLS, WIDTH, CHUNK)
         col_size = tl.load(b_size + j, mask=col_in, other=0.0)
         cosine = cosine * row_size[:, None] * col_size[None, :]
         col_key = _keys(b_ids, j, B_ANCHORS, -2)
@@ -221,23 +214,12 @@ def sums(sheet: Sheet, bias: Tensor, positive: bool, rows: bool, cols: bool) -> 
 
     ``bias`` is ``[]``, float64; ``positive`` whether pairs of one item are positive, or none.
     """
-    (x, row_ids, row_offset, b), (y, col_ids, col_offset, n) = sheet.rows, sheet.cols
-    m, v = y.high.shape
-    device = x.high.device
-    tile = infonce.config("statistics", v, device, "contrastive_sigmoid")
-    row_share, col_share, groups, splits = infonce.rectangles(tile, b, m, device)
-    of_rows, of_cols = (
-        torch.empty(parts, count, dtype=torch.float32, device=device) if asked else None
-        for parts, count, asked in ((splits, b, rows), (groups, n, cols and n > 0))
-    )
-    if of_rows is not None or of_cols is not None:
-        with on_device(x.high):
-            _sums[(groups * splits,)](
-                *x, *y, sheet.scale, bias, row_ids, col_ids, row_offset, col_offset, of_rows, of_cols, b, n, m, v,
-                row_share, col_share, groups, splits, OWN=sheet.own, POSITIVE=positive and row_ids is not None,
-                **infonce.options(tile),
-            )  # fmt: skip
-    row, col = (sheet.scale.new_empty(0) if t is None else t.sum(0, dtype=torch.float64) for t in (of_rows, of_cols))
+    vectors = sheet.cols.vectors.high
+    tile = infonce.config("statistics", vectors.shape[1], vectors.device, "contrastive_sigmoid")
+    given = (bias, sheet.rows.ids, sheet.cols.ids, sheet.rows.offset, sheet.cols.offset)
+    positive = positive and sheet.rows.ids is not None
+    of_both = infonce.over_rectangles(_sums, tile, sheet, given, (), rows, cols, POSITIVE=positive)
+    row, col = (sheet.scale.new_empty(0) if t is None else t.sum(0, dtype=torch.float64) for t in of_both)
     return row, col
 
 
@@ -249,17 +231,8 @@ def gradient(sheet: Sheet, bias: Tensor, positive: bool, drow: Tensor | None, dc
     ``drow`` and ``dcol`` are the gradients to the sums, None for a direction without one. The gradients to the columns come
     from the sheet with its sides exchanged.
     """
-    (x, row_ids, row_offset, b), (y, col_ids, col_offset, n) = sheet.rows, sheet.cols
-    (a, v), m = x.high.shape, y.high.shape[0]
-    device = x.high.device
-    positive = positive and row_ids is not None
-    tile = infonce.config("gradient_positive" if positive else "gradient", v, device, "contrastive_sigmoid")
-    blocks, slices, splits, share = infonce.parts(tile, a, m, v, device)
-    sizes = ((splits, a, v), *[(splits, a)] * 3)
-    out = [torch.empty(size, dtype=torch.float32, device=device) if t else None for size, t in zip(sizes, need, strict=True)]
-    with on_device(x.high):
-        _gradient[(blocks * splits * slices,)](
-            *x, *y, sheet.scale, bias, row_ids, col_ids, row_offset, col_offset, drow, dcol, *out, a, b, m, n, v, slices,
-            splits, share, OWN=sheet.own, POSITIVE=positive, **infonce.options(tile),
-        )  # fmt: skip
-    return tuple(infonce.added_up(t) for t in out)
+    positive = positive and sheet.rows.ids is not None
+    kernel, vectors = "gradient_positive" if positive else "gradient", sheet.cols.vectors.high
+    tile = infonce.config(kernel, vectors.shape[1], vectors.device, "contrastive_sigmoid")
+    given = (bias, sheet.rows.ids, sheet.cols.ids, sheet.rows.offset, sheet.cols.offset, drow, dcol)
+    return infonce.over_blocks(_gradient, tile, sheet, given, need, POSITIVE=positive)

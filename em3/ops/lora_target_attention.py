@@ -234,7 +234,7 @@ def _pooling(pooling: str, top_k: int | None) -> Pooling:
         if top_k is not None:
             raise ValueError(f"top_k: was {top_k}, must be None with pooling={pooling!r}")
         return Pooling(pooling)
-    if not _checks.is_count(top_k) or top_k is None or top_k < 1:
+    if top_k is None or not _checks.is_count(top_k) or top_k < 1:
         raise ValueError(f"top_k: was {top_k!r}, must be an integer of at least 1 with pooling='top_k'")
     return Pooling(pooling, int(top_k))
 

@@ -195,7 +195,7 @@ def per_stream(given: Any, name: str, count: int) -> list:
         return [None] * count
     if isinstance(given, Tensor):
         given = [given]
-    if not isinstance(given, Sequence) and not hasattr(given, "__len__"):
+    if not hasattr(given, "__len__"):
         raise ValueError(f"{name}: was {type(given).__name__}, must be a tensor, or a list of one for each of the {count} streams")
     if len(given) != count:
         raise ValueError(f"{name}: held {len(given)} entries, must hold one for each of the {count} streams")

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from em3.data.batches import Batches
+from em3.data.batches import Batch, Batches
 from em3.data.table import Events, Items, RankingData, Rows
+from em3.jagged import Jagged
 from em3.models import DIN, DCNv2
 
 
@@ -107,3 +108,16 @@ def test_known_is_what_training_moves(seed):
     # There are events of users without a training row, and events that a longer history would hold.
     assert len(set(data.events.item)) > int(moved.sum())
     assert int((Batches(data, 9).item_ids() > 0).sum()) > int(moved.sum())
+
+
+def test_a_batch_of_catalogue_numbers():
+    item, user, age = torch.tensor([4, 2, 4]), torch.tensor([0, 7, 1]), torch.tensor([5, 60, 7])
+    history = Jagged(torch.tensor([3, 0, 2]), torch.tensor([0, 2, 2, 3]))
+    batch = Batch.from_rows(item, history, torch.tensor([1, 0, 1]), user=user, history_age=age)
+    assert torch.equal(batch.distinct[batch.inverse], item)
+    assert batch.distinct_id().tolist() == [3, 5]
+    assert (batch.user_id.tolist(), batch.item_id.tolist()) == ([1, 8, 2], [5, 3, 5])
+    assert (batch.history_id.values().tolist(), batch.history_id.offsets().tolist()) == ([4, 1, 3], [0, 2, 2, 3])
+    assert batch.history_age is age
+    assert batch.label.dtype == torch.float32
+    assert not Batch.from_rows(item, history, torch.zeros(3)).user_id.any()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -192,6 +193,16 @@ def test_frozen_tokens_get_no_gradient(backend, step, monkeypatch):
     (given_args, (_, _, _, dvalues)) = asked[0]
     assert given_args[-4] == [True, False]
     assert [d.numel() for d in dvalues] == [args["values"][0].numel(), 0]
+
+
+def test_its_graph_keeps_no_input_that_it_does_not_read():
+    """The queries: what has been projected is kept instead."""
+    layer, query = em3.QFormerAttention([5], 8, num_heads=2), torch.randn(2, 8, requires_grad=True) * 1
+    alive = weakref.ref(query)
+    loss = layer(query, [torch.randn(3, 4, 5)]).sum()
+    del query
+    loss.backward()
+    assert alive() is None
 
 
 def test_nested_and_duck_typed_streams():
