@@ -88,5 +88,6 @@ PYBIND11_MODULE(_C, m) {
     em3::bind_lora_target_attention(m);
     em3::bind_contrastive_loss(m);
     em3::bind_lora_linear(m);
+    em3::bind_mean_rows(m);
     em3::watch_forks();
 }

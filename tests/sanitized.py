@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ("tests/test_cpu_kernels.py", "tests/test_cpu_kernels_direct.py")
+TESTS = ("tests/test_cpu_kernels.py", "tests/test_cpu_kernels_direct.py", "tests/ops/test_means.py")
 FOLDERS = ("em3", "csrc", "kernels", "benchmarks", "tests")
 # Of each: what is compiled in, the library that must be loaded first, its options, the tests.
 SANITIZERS = {

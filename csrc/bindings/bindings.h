@@ -10,5 +10,6 @@ void bind_qformer_attention(pybind11::module_& m);
 void bind_lora_target_attention(pybind11::module_& m);
 void bind_contrastive_loss(pybind11::module_& m);
 void bind_lora_linear(pybind11::module_& m);
+void bind_mean_rows(pybind11::module_& m);
 
 }  // namespace em3

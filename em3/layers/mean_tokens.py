@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import _checks
+from ..ops._means import mean_rows
 from ..ops.qformer_attention import parse
 from . import _given
 
@@ -48,15 +48,12 @@ def mean_tokens(streams: Any, masks: Sequence[Tensor | None] | None = None,
     found = []
     wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype  # sums, and lengths, of a half type are off
     for i, (values, offsets, mask) in enumerate(parse(streams, masks)):
-        values = values.to(wide)
         if offsets is not None:
             if not torch.compiler.is_compiling():
                 _checks.offsets_content(offsets, len(values), f"streams[{i}].offsets")
-            # Of consecutive rows: 0.2 ms for 22,608 rows of 128 on two threads, index_add 0.9, segment_reduce 5.4.
-            places = torch.arange(values.shape[0], device=values.device)
-            mean = F.embedding_bag(places, values, offsets, mode="mean", include_last_offset=True)
-            found.append((mean.to(dtype), offsets.diff()[:, None] > 0))
+            found.append((mean_rows(values, offsets).to(dtype), offsets.diff()[:, None] > 0))
             continue
+        values = values.to(wide)
         real = values if mask is None else values.masked_fill(~mask[..., None], 0)
         length = values.new_full((len(values), 1), values.shape[1]) if mask is None else mask.sum(1, keepdim=True)
         found.append(((real.sum(1) / length.clamp(min=1)).to(dtype), length > 0))

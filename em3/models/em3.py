@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..data.batches import Batch
 from ..jagged import Jagged
 from ..layers import ContentIDContrastiveLoss, LoRATargetAttention, _given
+from ..ops._means import mean_rows
 from .mlp import mlp
 
 GRADIENTS = ("both", "content", "id")
@@ -199,7 +200,7 @@ class EM3(nn.Module):
         length = offsets.diff()[:, None]  # [B, 1]
         read = self.interest(target, history, bank, age if self.interest.time_buckets else None)
         interest = self.norm_interest(read) * (length > 0)  # nor is the bias of the norm an interest
-        mean = F.embedding_bag(ids, bank, offsets, mode="mean", include_last_offset=True)  # [B, C], 0 where none
+        mean = mean_rows(bank, offsets, ids)  # [B, C], 0 where none
         if self.adapt is not None:
             mean = self.adapt(mean) * (length > 0)
         count = length.clamp(min=1).to(target.dtype).log()

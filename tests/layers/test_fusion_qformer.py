@@ -132,6 +132,14 @@ def test_means_of_half_tokens_do_not_overflow():
             torch.testing.assert_close(mean, half.float().view(2, 257, 6).mean(1).to(dtype))
 
 
+def test_means_read_nothing_behind_the_last_item(seed):
+    values = torch.randn(7, 6)
+    values[5:] = torch.nan
+    for dtype in (torch.float32, torch.float64):
+        ((mean, _),) = mean_tokens([em3.Jagged(values.to(dtype), torch.tensor([0, 3, 5]))], dtype=dtype)
+        torch.testing.assert_close(mean, torch.stack([values[:3].mean(0), values[3:5].mean(0)]).to(dtype))
+
+
 def test_offsets_of_mean_tokens_are_checked():
     with pytest.raises(ValueError, match=r"^streams\[0\].offsets: fell from 4 to 2"):
         MeanTokens([6], 3)([em3.Jagged(torch.randn(6, 6), torch.tensor([0, 4, 2]))])
