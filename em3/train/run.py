@@ -145,7 +145,7 @@ class Run:
         read: Any = None
         if arms.reads_tokens(arm):
             live = isinstance(model, arms.WithEncoders)
-            read = model.tokens.read if live else store.read
+            read = model.tokens.read if live else functools.partial(store.read, dtype=None)
         # What a checkpoint of it must agree with. The same data may lie in another folder tomorrow.
         about = {key: value for key, value in self.config.to_dict().items() if key not in ELSEWHERE} | {"arm": arm}
         return Training(model, self.batches, read, self.config.train, seed, self.folder / arm / f"seed{seed}", about)
