@@ -121,11 +121,7 @@ def readable(tensor: Tensor) -> bool:
 
 
 def offsets_content(offsets: Tensor, total: int, name: str) -> None:
-    """``offsets`` start at 0, never decrease and stay within ``total`` rows.
-
-    Looked at once, in the forward: autograd refuses a backward whose index tensors were written to in between, and where it
-    was told not to look (``.data``) the backends still read nothing outside, since they go by what they find.
-    """
+    """``offsets`` start at 0, never decrease and stay within ``total`` rows."""
     if not looks(offsets):
         return
     read = offsets.detach().cpu().numpy()  # numpy's calls take a fifth of torch's time, and small batches feel it
@@ -144,7 +140,7 @@ def offsets_content(offsets: Tensor, total: int, name: str) -> None:
 
 
 def index_content(index: Tensor, low: int, count: int, name: str, of: str) -> None:
-    """Every entry of ``index`` lies in ``low .. count - 1``; looked at once, as :func:`offsets_content`."""
+    """Every entry of ``index`` lies in ``low .. count - 1``."""
     if not looks(index):
         return
     smallest, largest = (int(v) for v in torch.aminmax(index))

@@ -42,6 +42,7 @@ def forward(u, w, history, offsets, bank, bias, pooling, top_k, backend):
 
 def backward(dout, u, w, history, offsets, bank, bias, pooling, top_k, y, o, lse, need_u, need_w, need_bank, need_bias,
              backend):  # fmt: skip
+    _check_content(history, offsets, bank)
     args = (u, w, history, offsets, bank, bias, Pooling(pooling, top_k))
     chosen = _dispatch.choose("lora_target_attention", backend, args, _about(*args))
     with _checks.no_autocast(u.device):
@@ -56,7 +57,7 @@ def _about(u, w, history, offsets, bank, bias, pool):
 
 
 def _check_content(history, offsets, bank):
-    """Not in the backward again: see :func:`_checks.index_content`."""
+    """In the backward again: the user's index tensors may have been written to in between."""
     _checks.index_content(history, -1, bank.shape[0], "history", "row of the bank")
     if offsets is not None:
         _checks.offsets_content(offsets, history.shape[0], "history.offsets")

@@ -44,6 +44,7 @@ def forward(u, c, w, values, offsets, masks, batch, seed, dropout, backend):
 
 def backward(dout, dmass, u, c, w, values, offsets, masks, y, o, mass, lse, need_u, need_w, need_values, seed, dropout,
               backend):  # fmt: skip
+    check_content(values, offsets)
     drop = _drop(seed, dropout)
     args = (u, c, w, values, offsets, masks, lse.shape[1], drop)
     chosen = _dispatch.choose("qformer_attention", backend, args, _about(*args))
@@ -73,7 +74,7 @@ def sizes(values: Sequence[Tensor], offsets: Sequence[Tensor | None]) -> list[in
 
 
 def check_content(values, offsets):
-    """Not in the backward again: see :func:`_checks.offsets_content`."""
+    """In the backward again: the user's offsets may have been written to in between."""
     for m, bounds in enumerate(offsets):
         if bounds is not None:
             _checks.offsets_content(bounds, values[m].shape[0], f"streams[{m}].offsets")
