@@ -154,7 +154,8 @@ def _absorbed(q: Tensor, streams: Sequence[Stream], w_k: Sequence[Tensor], w_v: 
               b_k: Sequence[Tensor | None], b_v: Sequence[Tensor | None], batch: int, seed: Tensor | None, dropout: float,
               request: str) -> Tensor:  # fmt: skip
     _, nq, h, e = q.shape
-    if _checks.eager_on_cpu([q, *w_k, *w_v, *b_k, *b_v], [s.values for s in streams]):
+    given = (q, *w_k, *w_v, *b_k, *b_v)
+    if _checks.in_float32(given) and _checks.eager_on_cpu((*given, *(s.values for s in streams))):
         return _qformer_step.attend(q, streams, w_k, w_v, b_k, b_v, batch, seed, dropout, request)
     u, c = absorbed_keys(q, w_k, b_k)
     w = [t.view(h, e, t.shape[1]) for t in w_v]
