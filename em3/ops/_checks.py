@@ -223,6 +223,12 @@ class NoSecondOrder(torch.autograd.Function):
         no_gradient_of_a_gradient(ctx.op)
 
 
+def apply(step: type[torch.autograd.Function], *args: Any) -> Any:
+    """``step.apply`` without what it asks first, in as much time as the step itself takes to be recorded: whether a transform
+    of torch.func is active (:func:`outside_transforms` has asked) and whether ``setup_context`` is defined (in none is it)."""
+    return super(torch.autograd.Function, step).apply(*args)  # type: ignore[misc]
+
+
 def autocast_is_on(device: torch.device) -> bool:
     """Also for a device that knows no autocast, such as ``meta``."""
     kind = device.type

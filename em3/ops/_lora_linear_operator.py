@@ -26,36 +26,31 @@ torch.library.define(
 )
 
 
-def forward(x, weight, bias, lora_a, lora_b, scaling, scalings, adapter, offsets, seed, dropout, backend):
-    if lora_a.dim() == 3:
-        _check_content(x.shape[0], lora_a, adapter, offsets)
-    args = (x, weight, bias, lora_a, lora_b, scaling, scalings, adapter, offsets, _drop(seed, dropout))
+@torch.library.impl("em3::lora_linear", "default")
+def _forward(x, weight, bias, lora_a, lora_b, scaling, scalings, adapter, offsets, seed, dropout, backend):
+    check_content(x.shape[0], lora_a, adapter, offsets)
+    args = (x, weight, bias, lora_a, lora_b, scaling, scalings, adapter, offsets, dropped(seed, dropout))
     with _checks.no_autocast(x.device):
-        return _dispatch.choose("lora_linear", backend, args, _about(*args)).forward(*args)
+        return choose(backend, args).forward(*args)
 
 
-def gradients(dy, x, weight, lora_a, lora_b, scaling, scalings, adapter, offsets, seed, dropout, need, backend):
-    """To x, weight, bias, lora_a and lora_b; None where not needed."""
-    if lora_a.dim() == 3:
-        _check_content(dy.shape[0], lora_a, adapter, offsets)
-    args = (lora_a, lora_b, scaling, scalings, adapter, offsets, _drop(seed, dropout))
+@torch.library.impl("em3::lora_linear_backward", "default")
+def _backward(dy, x, weight, lora_a, lora_b, scaling, scalings, adapter, offsets, seed, dropout, need, backend):
+    check_content(dy.shape[0], lora_a, adapter, offsets)
+    args = (lora_a, lora_b, scaling, scalings, adapter, offsets, dropped(seed, dropout))
     # dy stands in for x, which may be absent: it has x's rows, dtype and device.
-    like = (dy, weight, None, *args)
-    chosen = _dispatch.choose("lora_linear", backend, like, _about(*like))
     with _checks.no_autocast(dy.device):
-        return chosen.backward(dy, x, weight, *args, need)
+        grads = choose(backend, (dy, weight, None, *args)).backward(dy, x, weight, *args, need)
+    return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
 
 
-def _backward(dy, *args):
-    return tuple(dy.new_empty(0) if grad is None else grad for grad in gradients(dy, *args))
-
-
-torch.library.impl("em3::lora_linear", "default", forward)
-torch.library.impl("em3::lora_linear_backward", "default", _backward)
-
-
-def _drop(seed, dropout):
+def dropped(seed, dropout):
     return None if seed is None else Dropout(dropout, seed)
+
+
+def choose(backend, args):
+    """The module of a backend that serves ``args``, those of its ``forward``."""
+    return _dispatch.choose("lora_linear", backend, args, lambda: _about(*args))
 
 
 def _about(x, weight, bias, lora_a, lora_b, scaling, scalings, adapter, offsets, drop):
@@ -65,7 +60,7 @@ def _about(x, weight, bias, lora_a, lora_b, scaling, scalings, adapter, offsets,
     return x, kind if drop is None else f"{kind} dropped", (x.shape[0], c, d, *lora_a.shape[:-1])
 
 
-def _check_content(rows, lora_a, adapter, offsets):
+def check_content(rows, lora_a, adapter, offsets):
     """In the backward again: the user's index tensors may have been written to in between."""
     if adapter is not None:
         _checks.index_content(adapter, -1, lora_a.shape[0], "adapter", "adapter")

@@ -65,28 +65,28 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, 
         _check_rows(x, lora_a, adapter, offsets)
     _checks.probability(dropout, "dropout")
     seed = torch.randint(torch.iinfo(torch.int64).max, (1,), device=x.device) if dropout else None
-    leading, c = x.shape[:-1], x.shape[-1]
-    rows = math.prod(leading)
-    of_rows = None if adapter is None else adapter.reshape(rows)
+    adapter = None if adapter is None else adapter.reshape(-1)
     request = _dispatch.requested(backend)
     if eager:
-        return _lora_linear_step.linear(x, weight, bias, lora_a, lora_b, (factor, factors, of_rows, offsets, seed, dropout, request))
+        how = (factor, factors, adapter, offsets, _lora_linear_operator.dropped(seed, dropout))
+        return _lora_linear_step.linear(x, weight, bias, lora_a, lora_b, how, request)
+    leading, c = x.shape[:-1], x.shape[-1]
     y = torch.ops.em3.lora_linear(
-        x.reshape(rows, c), weight, bias, lora_a, lora_b, factor, factors, of_rows, offsets, seed, dropout, request
+        x.reshape(math.prod(leading), c), weight, bias, lora_a, lora_b, factor, factors, adapter, offsets, seed, dropout, request
     )
     return y.view(*leading, weight.shape[0])
 
 
 def _fit(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> bool:
     """Whether tensors of one device pass :func:`_check`, which takes four times as long to say what is wrong with them."""
-    dtype, low, wide = x.dtype, lora_a.shape, weight.shape
-    if not (len(low) in (2, 3) and len(wide) == 2 and x.dim() and 0 not in low):
+    low, dtype = lora_a.shape, x.dtype
+    if not (len(low) in (2, 3) and weight.dim() == 2 and x.dim()) or 0 in low or dtype not in _checks.FLOATS:
         return False
-    c = x.shape[-1]
+    d, c = weight.shape
     return (
-        wide[1] == low[-1] == c and lora_b.shape == (*low[:-2], wide[0], low[-2]) and (bias is None or bias.shape == wide[:1])
-        and dtype in _checks.FLOATS and weight.dtype == lora_a.dtype == lora_b.dtype == dtype
-        and (bias is None or bias.dtype == dtype)
+        x.shape[-1] == c == low[-1] and lora_b.shape == (*low[:-2], d, low[-2])
+        and weight.dtype is dtype and lora_a.dtype is dtype and lora_b.dtype is dtype
+        and (bias is None or (bias.shape == (d,) and bias.dtype is dtype))
     )  # fmt: skip
 
 

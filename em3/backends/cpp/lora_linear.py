@@ -7,6 +7,8 @@ It computes in float32, and rows of a half type are rounded once where they are 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -46,7 +48,7 @@ def wins(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b:
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float,
             scalings: Tensor | None, adapter: Tensor | None, offsets: Tensor | None,
             drop: Dropout | None = None) -> Tensor:  # fmt: skip
-    if plain.merges(x, weight, lora_a, drop, plain.enough(weight)):
+    if lora_a.dim() == 2 and plain.merges(x, weight, lora_a, drop, plain.enough(weight)):
         return F.linear(x, plain.merged(weight, lora_a, lora_b, scaling), bias)
     y = F.linear(x, weight, bias)
     cpp.compiled().lora_linear_forward(
@@ -60,25 +62,26 @@ def backward(dy: Tensor, x: Tensor | None, weight: Tensor, lora_a: Tensor, lora_
              scalings: Tensor | None, adapter: Tensor | None, offsets: Tensor | None, drop: Dropout | None,
              need: list[bool]) -> plain.Gradients:  # fmt: skip
     need_x, need_weight, _, need_a, need_b = need
-    merges = plain.merges(dy, weight, lora_a, drop, plain.enough(weight))
+    merges = lora_a.dim() == 2 and plain.merges(dy, weight, lora_a, drop, plain.enough(weight))
     if merges and need_weight:  # from which the adapter's gradient follows, without another pass over the rows
         return plain.backward(dy, x, weight, lora_a, lora_b, scaling, scalings, adapter, offsets, drop, need)
     met = plain.merged(weight, lora_a, lora_b, scaling) if merges and need_x else weight
     dx, dweight, dbias = plain.of_layer(dy, x, met, need)
-    da = lora_a.new_empty(lora_a.shape) if need_a else None
-    db = lora_b.new_empty(lora_b.shape) if need_b else None
     adds = need_x and not merges
-    if adds or need_a or need_b:
-        cpp.compiled().lora_linear_backward(
-            _rows(dy), _rows(x) if x is not None and (need_a or need_b) else None,
-            *_adapters(lora_a, lora_b, scaling, scalings, adapter, offsets), dx if adds else None, da, db, _parts.drawn(drop),
-            torch.get_num_threads(), cpp.isa,
-        )  # fmt: skip
+    if not (adds or need_a or need_b):
+        return dx, dweight, dbias, None, None
+    a, b, *rest = _adapters(lora_a, lora_b, scaling, scalings, adapter, offsets)
+    da = torch.empty_like(a) if need_a else None
+    db = torch.empty_like(b) if need_b else None
+    cpp.compiled().lora_linear_backward(
+        _rows(dy), _rows(x) if x is not None and (need_a or need_b) else None, a, b, *rest, dx if adds else None, da, db,
+        _parts.drawn(drop), torch.get_num_threads(), cpp.isa,
+    )  # fmt: skip
     return dx, dweight, dbias, da, db
 
 
 def _adapters(lora_a: Tensor, lora_b: Tensor, scaling: float, scalings: Tensor | None, adapter: Tensor | None,
-              offsets: Tensor | None) -> tuple[Tensor, Tensor, float, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+              offsets: Tensor | None) -> tuple[Any, ...]:  # fmt: skip
     """As the kernel reads them."""
     return (
         lora_a.contiguous(), lora_b.contiguous(), scaling, None if scalings is None else scalings.contiguous().float(),

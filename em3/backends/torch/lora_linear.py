@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...ops._dropout import Dropout
-from ...tuning import decide
+from ...tuning import decide, silent
 
 # Elements of a temporary, 4 MiB in float32: memory beyond the results does not grow with the rows. 1, 2, 4 and 8 MiB
 # took 5.9, 4.3, 4.2 and 4.3 ms in `Mixed.collect` (T=8192, C=512, G=64, R=8), 4.0, 3.7, 3.5 and 3.3 ms in `shrink`.
@@ -123,6 +123,8 @@ def merges(x: Tensor, weight: Tensor, lora_a: Tensor, drop: Dropout | None, leas
     if lora_a.dim() != 2 or x.dtype not in (torch.float32, torch.float64) or drop is not None:
         return False
     model = "merged" if x.shape[0] >= least else "separate"
+    if silent(x.device):
+        return model == "merged"
     return decide("lora_linear.form", x, "", (x.shape[0], *weight.shape, lora_a.shape[0]), model) == "merged"
 
 
