@@ -183,6 +183,15 @@ def no_gradient_of_a_gradient(op: str) -> NoReturn:
     raise RuntimeError(f"em3.ops.{op} has no second-order gradients")
 
 
+def recorded(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether autograd keeps what is computed of some tensors."""
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
 class _Anchor(torch.autograd.Function):
     """Nothing, behind the graph of some tensors."""
 
@@ -199,9 +208,9 @@ class _Anchor(torch.autograd.Function):
 def anchor(op: str, tensors: Sequence[Tensor | None]) -> Tensor | None:
     """What ties gradients to the inputs that they are of and, unlike these, holds no memory between forward and backward;
     None where no gradient is asked for."""
-    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
+    if not recorded(tensors):
         return None
-    found: Tensor = _Anchor.apply(op, *tensors)
+    found: Tensor = apply(_Anchor, True, op, *tensors)
     return found
 
 
@@ -223,10 +232,20 @@ class NoSecondOrder(torch.autograd.Function):
         no_gradient_of_a_gradient(ctx.op)
 
 
-def apply(step: type[torch.autograd.Function], *args: Any) -> Any:
-    """``step.apply`` without what it asks first, in as much time as the step itself takes to be recorded: whether a transform
-    of torch.func is active (:func:`outside_transforms` has asked) and whether ``setup_context`` is defined (in none is it)."""
-    return super(torch.autograd.Function, step).apply(*args)  # type: ignore[misc]
+class _Nobody:
+    """In the place of autograd's context where nobody will ask for gradients."""
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        pass
+
+
+def apply(step: type[torch.autograd.Function], recorded: bool, *args: Any) -> Any:
+    """``step.apply``, or only its ``forward`` where it is not to be recorded.
+
+    Left out is what ``apply`` asks first, which takes as long as recording a step does: whether a transform of torch.func is
+    active (:func:`outside_transforms` has asked) and whether ``setup_context`` is defined (in none of the steps).
+    """
+    return super(torch.autograd.Function, step).apply(*args) if recorded else step.forward(_Nobody(), *args)  # type: ignore[misc]
 
 
 def autocast_is_on(device: torch.device) -> bool:

@@ -21,11 +21,8 @@ How = tuple[float, Tensor | None, Tensor | None, Tensor | None, Dropout | None]
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, how: How, backend: str) -> Tensor:
     """``x [..., C]`` -> ``[..., D]``."""
-    if torch.is_grad_enabled() and (
-        x.requires_grad or lora_a.requires_grad or lora_b.requires_grad or weight.requires_grad
-        or (bias is not None and bias.requires_grad)
-    ):  # fmt: skip
-        found: Tensor = _checks.apply(_Step, (how, backend), x, weight, bias, lora_a, lora_b)
+    if _checks.recorded((x, lora_a, lora_b, weight, bias)):
+        found: Tensor = _checks.apply(_Step, True, (how, backend), x, weight, bias, lora_a, lora_b)
         return found
     return _forward(x, weight, bias, lora_a, lora_b, how, backend)[0]
 

@@ -115,7 +115,8 @@ def qformer_attention(query: Tensor, streams: Any, w_q: Tensor | None, w_k: Sequ
 def heads_of(query: Tensor, w_q: Tensor | None, b_q: Tensor | None, h: int, scale: float | None) -> Tensor:
     """The queries of each head, scaled, ``[1 or B, Q, H, E]``; 1 where all items share them."""
     q = query if w_q is None else F.linear(query, w_q, b_q)
-    q = (q if q.dim() == 3 else q[None]).unflatten(-1, (h, -1))
+    *of_items, n, d = q.shape
+    q = q.view(*(of_items or (1,)), n, h, d // h)
     return q * (q.shape[-1] ** -0.5 if scale is None else scale)
 
 
