@@ -24,16 +24,21 @@ struct LoraJob {
   LoraLinear given;
   bool backward;
   const std::int64_t* order;  // the rows by adapter; null = as they lie
-  Rows x, y, dx;
+  Rows x, y;
+  LoraGradients to;
 };
 
 // Places begin .. end of the order, all of one adapter. A whole part has all rows of its adapter and writes its gradients,
-// another one sums: da [R, C], db [R, D]. Null = not wanted.
+// another one sums: da [R, C], db [R, D], where these are wanted.
 struct LoraPart {
   std::int64_t adapter, begin, end;
   bool whole;
   float *da, *db;
 };
+
+inline std::uintptr_t place_of(const void* first, Storage storage, std::int64_t element) {
+  return reinterpret_cast<std::uintptr_t>(first) + static_cast<std::uintptr_t>(element * bytes_of(storage));
+}
 
 inline float scaling_of(const LoraLinear& given, std::int64_t adapter) {
   return given.scalings == nullptr ? given.scaling : given.scaling * given.scalings[adapter];
@@ -43,6 +48,8 @@ struct KernelTable {
   std::int64_t (*scratch)(const LoraJob&);
   void (*forward_part)(const LoraJob&, const LoraPart&, float* scratch);
   void (*backward_part)(const LoraJob&, const LoraPart&, float* scratch);
+  // What an adapter that was cut gets from the first of its parts, which holds the sums of all.
+  void (*write)(const LoraJob&, const LoraPart&, float* scratch);
 };
 
 // Every standard header must be included above this line.
@@ -123,12 +130,12 @@ void run(const LoraJob& job, const std::vector<LoraPart>& parts, const KernelTab
 }
 
 // The sums of an adapter that was cut, in the order of its parts, one row of A and column of B a unit of work.
-void add_up(const LoraLinear& given, const std::vector<LoraPart>& parts, const LoraGradients& to, int threads) {
+void add_up(const LoraJob& job, const std::vector<LoraPart>& parts, const KernelTable& table, int threads) {
   std::vector<std::size_t> cut;  // the first part of each such adapter
   for (std::size_t i = 0; i < parts.size(); ++i) {
     if (!parts[i].whole && (i == 0 || parts[i - 1].adapter != parts[i].adapter)) cut.push_back(i);
   }
-  const int64_t C = given.C, D = given.D, R = given.R;
+  const int64_t C = job.given.C, D = job.given.D, R = job.given.R;
   parallel_for(threads, static_cast<int>(static_cast<int64_t>(cut.size()) * R), [&](int unit) {
     const std::size_t first = cut[static_cast<std::size_t>(unit / R)];
     const int64_t g = parts[first].adapter, r = unit % R;
@@ -140,17 +147,13 @@ void add_up(const LoraLinear& given, const std::vector<LoraPart>& parts, const L
         const float* const more = parts[i].*of + r * width;
         for (int64_t k = 0; k < width; ++k) total[k] += more[k];
       }
-      return total;
     };
-    if (to.da != nullptr) {
-      const float* const total = sum(&LoraPart::da, C);
-      std::copy(total, total + C, to.da + (g * R + r) * C);
-    }
-    if (to.db != nullptr) {
-      const float* const total = sum(&LoraPart::db, D);
-      const float s = scaling_of(given, g);
-      for (int64_t d = 0; d < D; ++d) to.db[(g * D + d) * R + r] = s * total[d];
-    }
+    if (job.to.da != nullptr) sum(&LoraPart::da, C);
+    if (job.to.db != nullptr) sum(&LoraPart::db, D);
+  });
+  const auto scratch = static_cast<std::size_t>(table.scratch(job));
+  parallel_for(threads, static_cast<int>(cut.size()), [&](int i) {
+    table.write(job, parts[cut[static_cast<std::size_t>(i)]], thread_scratch(scratch));
   });
 }
 
@@ -175,12 +178,14 @@ void lora_linear_backward(const LoraLinear& given, const Rows& dy, const Rows& x
   std::vector<float> memory(static_cast<std::size_t>(cut * of_part));
   float* next = memory.data();
   for (LoraPart& part : parts) {
-    if (to.da != nullptr) part.da = part.whole ? to.da + part.adapter * R * C : next;
-    if (to.db != nullptr) part.db = part.whole ? to.db + part.adapter * D * R : next + (to.da ? R * C : 0);
-    if (!part.whole) next += of_part;
+    if (part.whole) continue;
+    part.da = next;
+    part.db = next + (to.da ? R * C : 0);
+    next += of_part;
   }
-  run({given, true, division.order(), x, dy, to.dx}, parts, table, threads, table.backward_part);
-  add_up(given, parts, to, threads);
+  const LoraJob job{given, true, division.order(), x, dy, to};
+  run(job, parts, table, threads, table.backward_part);
+  add_up(job, parts, table, threads);
 }
 
 }  // namespace em3

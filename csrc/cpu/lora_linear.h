@@ -25,7 +25,8 @@ struct Rows {
 
 struct LoraLinear {
   std::int64_t T, C, D, G, R;
-  const float *a, *b;  // [G, R, C], [G, D, R]
+  const void *a, *b;  // [G, R, C], [G, D, R]
+  Storage factors;    // of both, and of their gradients; an adapter becomes floats where it has rows
   float scaling;
   const float* scalings;  // [G], null = 1
   // At most one of them: the adapter of each row, [T], outside 0 .. G - 1 for none; or [G + 1], from 0, never falling, at
@@ -35,8 +36,8 @@ struct LoraLinear {
 };
 
 struct LoraGradients {
-  Rows dx;         // [T, C], to be added to; first is null where it is not wanted
-  float *da, *db;  // like a and b, and may be uninitialised; null where not wanted
+  Rows dx;        // [T, C], to be added to; first is null where it is not wanted
+  void *da, *db;  // like a and b, and may be uninitialised; null where not wanted
 };
 
 // Both throw std::invalid_argument for sizes they cannot serve and offsets that lead outside. Sums over an adapter's rows

@@ -21,6 +21,7 @@ struct LoraState {
   const float** a;           // [R] rows of A
   const float** b;           // [R] rows of Bt
   float* bt;                 // [R, ldb]
+  float *a_copy, *b_copy;    // [R, C], [D, R]: of factors that are not float32, and of their gradients
   const float **x, **dy;     // [n] rows of a tile
   float** y;                 // [n] rows that are added to
   uintptr_t *x_at, *y_at, *dy_at;  // [n] where these rows lie
@@ -29,7 +30,7 @@ struct LoraState {
   float *x_copy, *y_copy, *dy_copy;  // [n, width]: of rows that are not float32, or dropped
   float* factors;            // [n, C] of dropout
   float **da, **db;          // [R] rows of sums
-  float* db_sums;            // [R, D]
+  float *da_sums, *db_sums;  // [R, C], [R, D]
 };
 
 // The most rows a tile may hold: those of x and y take a quarter of a 1 MB level-2 cache.
@@ -49,6 +50,10 @@ static LoraState lora_state(const LoraJob& job, Arena& arena) {
   st.ld = round_up(R, 4);
   st.ldb = padded_width(D);  // a power of two between rows would map them all to few sets of the level-1 cache
   st.bt = arena.floats(R * st.ldb);
+  if (given.factors != Storage::f32) {
+    st.a_copy = arena.floats(R * C);
+    st.b_copy = arena.floats(D * R);
+  }
   st.low = arena.floats(n * st.ld);
   st.turned = arena.floats(R * n);
   st.a = arena.array<const float*>(R);
@@ -68,9 +73,10 @@ static LoraState lora_state(const LoraJob& job, Arena& arena) {
   st.dy_at = arena.array<uintptr_t>(n);
   st.da = arena.array<float*>(R);
   st.db = arena.array<float*>(R);
+  if (given.factors != Storage::f32) st.da_sums = arena.floats(R * C);
   st.db_sums = arena.floats(R * D);
   if (job.y.storage != Storage::f32) st.dy_copy = arena.floats(n * padded_width(D));
-  if (copied(job, job.dx)) st.y_copy = arena.floats(n * padded_width(C));
+  if (copied(job, job.to.dx)) st.y_copy = arena.floats(n * padded_width(C));
   return st;
 }
 
@@ -92,7 +98,15 @@ static bool all_zero(const float* p, int64_t n, int64_t step) {
 static void take_adapter(const LoraJob& job, int64_t adapter, LoraState& st) {
   const LoraLinear& given = job.given;
   const int64_t C = given.C, D = given.D, R = given.R;
-  const float *a = given.a + adapter * R * C, *b = given.b + adapter * D * R;
+  const uintptr_t a_at = place_of(given.a, given.factors, adapter * R * C);
+  const uintptr_t b_at = place_of(given.b, given.factors, adapter * D * R);
+  const float *a = reinterpret_cast<const float*>(a_at), *b = reinterpret_cast<const float*>(b_at);
+  if (given.factors != Storage::f32) {
+    copy_row(given.factors, a_at, R * C, st.a_copy);
+    copy_row(given.factors, b_at, D * R, st.b_copy);
+    a = st.a_copy;
+    b = st.b_copy;
+  }
   int64_t rank = R;
   while (rank > 0 && all_zero(b + rank - 1, D, R) && all_zero(a + (rank - 1) * C, C, 1)) --rank;
   st.rank = rank;
@@ -106,9 +120,7 @@ static void take_adapter(const LoraJob& job, int64_t adapter, LoraState& st) {
 }
 
 EM3_INLINE int64_t row_of(const LoraJob& job, int64_t i) { return job.order == nullptr ? i : job.order[i]; }
-EM3_INLINE uintptr_t address(const Rows& rows, int64_t i) {
-  return reinterpret_cast<uintptr_t>(rows.first) + static_cast<uintptr_t>(i * rows.stride * bytes_of(rows.storage));
-}
+EM3_INLINE uintptr_t address(const Rows& rows, int64_t i) { return place_of(rows.first, rows.storage, i * rows.stride); }
 
 static void locate(const LoraJob& job, const Rows& rows, int64_t first, int64_t n, uintptr_t* at) {
   for (int64_t i = 0; i < n; ++i) at[i] = address(rows, row_of(job, first + i));
@@ -299,30 +311,54 @@ static void collect(const LoraJob& job, const LoraState& st, const float* low, c
 static void backward_tile(const LoraJob& job, LoraState& st, const LoraPart& part, int64_t first, int64_t n) {
   const LoraLinear& given = job.given;
   const int64_t C = given.C, D = given.D;
-  const bool need_x = job.dx.first != nullptr, start = first == part.begin;
+  const Rows& dx = job.to.dx;
+  const bool need_x = dx.first != nullptr, need_a = job.to.da != nullptr, need_b = job.to.db != nullptr, start = first == part.begin;
   locate(job, job.y, first, n, st.dy_at);
   as_floats(job.y.storage, st.dy_at, n, D, st.dy_copy, st.dy);
   if (job.x.first != nullptr) locate(job, job.x, first, n, st.x_at);
-  if (need_x) locate(job, job.dx, first, n, st.y_at);
+  if (need_x) locate(job, dx, first, n, st.y_at);
   draw_factors(job, st, first, n);
-  const int64_t x_bytes = C * bytes_of(job.x.first != nullptr ? job.x.storage : job.dx.storage);
-  if (need_x || part.da != nullptr) {
+  const int64_t x_bytes = C * bytes_of(job.x.first != nullptr ? job.x.storage : dx.storage);
+  if (need_x || need_a) {
     // With both sums wanted, what follows the first tile of rows that lie side by side was asked for by the tile before.
-    const bool asked = job.order == nullptr && !start && part.da != nullptr && part.db != nullptr;
+    const bool asked = job.order == nullptr && !start && need_a && need_b;
     const uintptr_t* const soon = job.x.first == nullptr ? st.y_at : asked ? nullptr : st.x_at;
     shrink(st.dy, n, D, st.b, st, st.dlow, job.y.storage == Storage::f32 && !asked, soon, x_bytes);
   }
   if (job.x.first != nullptr) adapter_input(job, st, first, n);
-  if (part.db != nullptr) {
+  if (need_b) {
     shrink(st.x, n, C, st.a, st, st.low, false, need_x ? st.y_at : nullptr, x_bytes);
     collect(job, st, st.low, st.dy, n, st.db, D, start, job.y, st.dy_at);
   }
-  if (part.da != nullptr) collect(job, st, st.dlow, st.x, n, st.da, C, start, job.x, st.x_at);
-  if (need_x) expand(st, st.dlow, st.a, job.dx, st.y_at, n, C, dropped(job));
+  if (need_a) collect(job, st, st.dlow, st.x, n, st.da, C, start, job.x, st.x_at);
+  if (need_x) expand(st, st.dlow, st.a, dx, st.y_at, n, C, dropped(job));
 }
 
 static void zeros(float* p, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = 0.0f;
+}
+
+// Where a whole part sums dA: in the gradient itself, if that is float32.
+static float* sums_of_a(const LoraJob& job, const LoraPart& part, const LoraState& st) {
+  if (job.given.factors != Storage::f32 || job.to.da == nullptr) return st.da_sums;
+  return static_cast<float*>(job.to.da) + part.adapter * job.given.R * job.given.C;
+}
+
+// An adapter's gradients, rounded once, from da [R, C] and db [R, D], which is turned and scaled.
+static void write_sums(const LoraJob& job, int64_t adapter, const float* da, const float* db, const LoraState& st) {
+  const LoraLinear& given = job.given;
+  const int64_t C = given.C, D = given.D, R = given.R;
+  if (job.to.da != nullptr) {
+    const uintptr_t to = place_of(job.to.da, given.factors, adapter * R * C);
+    if (reinterpret_cast<uintptr_t>(da) != to) store_row(given.factors, da, R * C, to);
+  }
+  if (job.to.db == nullptr) return;
+  const uintptr_t at = place_of(job.to.db, given.factors, adapter * D * R);
+  float* const to = given.factors == Storage::f32 ? reinterpret_cast<float*>(at) : st.b_copy;
+  const float s = scaling_of(given, adapter);
+  for (int64_t d = 0; d < D; ++d)
+    for (int64_t r = 0; r < R; ++r) to[d * R + r] = s * db[r * D + d];
+  if (given.factors != Storage::f32) store_row(given.factors, to, D * R, at);
 }
 
 // Sums behind the adapter's rank, and those of a part without rows, are zero.
@@ -332,21 +368,24 @@ static void backward_part(const LoraJob& job, const LoraPart& part, float* scrat
   const LoraLinear& given = job.given;
   const int64_t C = given.C, D = given.D, R = given.R;
   if (part.begin < part.end) take_adapter(job, part.adapter, st);
+  float* const da = part.whole ? sums_of_a(job, part, st) : part.da;
   float* const db = part.whole ? st.db_sums : part.db;
   for (int64_t r = 0; r < R; ++r) {
-    if (part.da != nullptr) st.da[r] = part.da + r * C;
-    if (part.db != nullptr) st.db[r] = db + r * D;
+    if (job.to.da != nullptr) st.da[r] = da + r * C;
+    if (job.to.db != nullptr) st.db[r] = db + r * D;
     if (r < st.rank) continue;
-    if (part.da != nullptr) zeros(st.da[r], C);
-    if (part.db != nullptr) zeros(st.db[r], D);
+    if (job.to.da != nullptr) zeros(st.da[r], C);
+    if (job.to.db != nullptr) zeros(st.db[r], D);
   }
   if (st.rank > 0) {
     each_tile(job, part, [&](int64_t first, int64_t n) { backward_tile(job, st, part, first, n); });
   }
-  if (part.db == nullptr || !part.whole) return;
-  const float s = scaling_of(given, part.adapter);
-  for (int64_t d = 0; d < D; ++d)
-    for (int64_t r = 0; r < R; ++r) part.db[d * R + r] = s * st.db_sums[r * D + d];
+  if (part.whole) write_sums(job, part.adapter, da, db, st);
 }
 
-static const KernelTable kTable = {lora_scratch, forward_part, backward_part};
+static void write_part(const LoraJob& job, const LoraPart& part, float* scratch) {
+  Arena arena{scratch, 0};
+  write_sums(job, part.adapter, part.da, part.db, lora_state(job, arena));
+}
+
+static const KernelTable kTable = {lora_scratch, forward_part, backward_part, write_part};

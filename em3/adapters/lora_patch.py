@@ -27,8 +27,8 @@ class Served(Patched):
         given = dict(kwargs)
         names = given.pop("adapter_names", None)
         rest = [*args, *(value for value in given.values() if value is not None)]
-        used = self.active_adapters if names is None else names
-        used = [name for name in dict.fromkeys(used) if name in self.lora_A]
+        used, known = self.active_adapters if names is None else names, self._modules["lora_A"]._modules
+        used = [name for name in dict.fromkeys(used) if name in known]
         why = None
         if rest or not isinstance(x, Tensor):
             why = "it has arguments besides the input"
@@ -99,9 +99,9 @@ def _unserved(module: Any, x: Tensor, used: list[str], alone: bool) -> str | Non
         return f"base_layer {why}"
     for name in used:
         why = _never(module, name) or (None if alone else _drops(module, name))
-        dtype = module.lora_A[name].weight.dtype
-        if why is None and not (x.dtype == base.weight.dtype == dtype or autocast_is_on(x.device)):
-            why = f"adapter {name!r} was {dtype}, must be {base.weight.dtype} like its layer and {x.dtype} input"
+        dtype, of_layer = _part(module, "lora_A", name).weight.dtype, base.weight.dtype
+        if why is None and not (x.dtype == of_layer == dtype or autocast_is_on(x.device)):
+            why = f"adapter {name!r} was {dtype}, must be {of_layer} like its layer and {x.dtype} input"
         if why is not None:
             return why
     return None
@@ -114,18 +114,23 @@ def _never(module: Any, name: str) -> str | None:
     if module.lora_bias.get(name, False):
         return f"adapter {name!r} had a bias"
     for part in ("lora_A", "lora_B"):
-        why = not_plain(getattr(module, part)[name])
+        why = not_plain(_part(module, part, name))
         if why is not None:
             return f"{part} of adapter {name!r} {why}"
-    dropout = module.lora_dropout[name]
+    dropout = _part(module, "lora_dropout", name)
     if type(dropout) not in (nn.Identity, nn.Dropout):
         return f"lora_dropout of adapter {name!r} was {type(dropout).__name__}, must be torch.nn.Dropout"
     return None
 
 
+def _part(module: Any, part: str, name: str) -> Any:
+    """``module.part[name]``, past the look-up of two modules' attributes, which takes longer than a check made with it."""
+    return module._modules[part]._modules[name]
+
+
 def _probability(module: Any, name: str) -> float:
     """With which an adapter drops parts of its input now."""
-    dropout = module.lora_dropout[name]
+    dropout = _part(module, "lora_dropout", name)
     return float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
@@ -135,7 +140,8 @@ def _drops(module: Any, name: str) -> str | None:
 
 def _same(module: Any, x: Tensor, used: list[str]) -> Tensor:
     """All rows use the same adapters: several side by side are one of their ranks' sum."""
-    base, factors = module.base_layer, [(module.lora_A[n].weight, module.lora_B[n].weight, module.scaling[n]) for n in used]
+    base, scalings = module.base_layer, module.scaling
+    factors = [(_part(module, "lora_A", n).weight, _part(module, "lora_B", n).weight, scalings[n]) for n in used]
     if len(factors) == 1:
         a, b, scaling = factors[0]
         return lora_linear(x, base.weight, base.bias, a, b, scaling=scaling, dropout=_probability(module, used[0]))

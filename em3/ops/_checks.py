@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from numbers import Integral, Real
 from typing import Any, NoReturn
 
@@ -42,7 +42,7 @@ def debug_checks() -> Iterator[None]:
 
 def is_number(given: Any) -> bool:
     """Python's or numpy's, and no truth value."""
-    return isinstance(given, Real) and not isinstance(given, bool)
+    return type(given) is float or (isinstance(given, Real) and not isinstance(given, bool))
 
 
 def is_count(given: Any) -> bool:
@@ -62,9 +62,11 @@ def tensor(given: Any, name: str, must: str = "") -> None:
 
 def shape(tensor: Tensor, expected: Sequence[int | str], name: str) -> None:
     """``expected`` holds sizes, or a dimension's letter where any size will do."""
-    fits = isinstance(tensor, Tensor) and tensor.dim() == len(expected) and all(
-        isinstance(want, str) or size == want for size, want in zip(tensor.shape, expected, strict=True)
-    )
+    fits = isinstance(tensor, Tensor) and tensor.dim() == len(expected)
+    if fits:
+        for size, want in zip(tensor.shape, expected, strict=True):
+            if size != want and not isinstance(want, str):
+                fits = False
     if not fits:
         must = ", ".join(str(want) for want in expected)  # not before: torch.compile cannot trace it
         if not isinstance(tensor, Tensor):
@@ -80,12 +82,13 @@ def floating(tensor: Tensor, name: str) -> None:
 
 def same_device_and_dtype(first_name: str, first: Tensor, others: dict[str, Tensor | None]) -> None:
     floating(first, first_name)
+    dtype, device = first.dtype, first.device
     for name, tensor in others.items():
         if tensor is None:
             continue
-        if tensor.device != first.device:
+        if tensor.device != device:
             raise ValueError(f"{name}: was on {tensor.device}, must be on {first.device} like {first_name}")
-        if tensor.dtype != first.dtype:
+        if tensor.dtype != dtype:
             raise ValueError(
                 f"{name}: was {tensor.dtype}, must be {first.dtype} like {first_name} "
                 "(convert it, or call under torch.autocast)"
@@ -93,8 +96,9 @@ def same_device_and_dtype(first_name: str, first: Tensor, others: dict[str, Tens
 
 
 def same_device(first_name: str, first: Tensor, others: dict[str, Tensor | None]) -> None:
+    device = first.device
     for name, tensor in others.items():
-        if tensor is not None and tensor.device != first.device:
+        if tensor is not None and tensor.device != device:
             raise ValueError(f"{name}: was on {tensor.device}, must be on {first.device} like {first_name}")
 
 
@@ -124,6 +128,10 @@ def offsets_content(offsets: Tensor, total: int, name: str) -> None:
     """``offsets`` start at 0, never decrease and stay within ``total`` rows."""
     if not looks(offsets):
         return
+    if offsets.shape[0] <= 128:
+        few = offsets.tolist()
+        if few[0] == 0 and few[-1] <= total and few == sorted(few):
+            return
     read = offsets.detach().cpu().numpy()  # numpy's calls take a fifth of torch's time, and small batches feel it
     first, last = int(read[0]), int(read[-1])
     if first != 0:
@@ -143,7 +151,8 @@ def index_content(index: Tensor, low: int, count: int, name: str, of: str) -> No
     """Every entry of ``index`` lies in ``low .. count - 1``."""
     if not looks(index):
         return
-    smallest, largest = (int(v) for v in torch.aminmax(index))
+    least, most = torch.aminmax(index)
+    smallest, largest = least.item(), most.item()
     if smallest < low or largest >= count:
         was = smallest if smallest < low else largest
         if low == -1 and not count:
@@ -174,6 +183,15 @@ def no_gradient_of_a_gradient(op: str) -> NoReturn:
     raise RuntimeError(f"em3.ops.{op} has no second-order gradients")
 
 
+def recorded(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether autograd keeps what is computed of some tensors."""
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
 class _Anchor(torch.autograd.Function):
     """Nothing, behind the graph of some tensors."""
 
@@ -190,9 +208,9 @@ class _Anchor(torch.autograd.Function):
 def anchor(op: str, tensors: Sequence[Tensor | None]) -> Tensor | None:
     """What ties gradients to the inputs that they are of and, unlike these, holds no memory between forward and backward;
     None where no gradient is asked for."""
-    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
+    if not recorded(tensors):
         return None
-    found: Tensor = _Anchor.apply(op, *tensors)
+    found: Tensor = apply(_Anchor, True, op, *tensors)
     return found
 
 
@@ -214,23 +232,58 @@ class NoSecondOrder(torch.autograd.Function):
         no_gradient_of_a_gradient(ctx.op)
 
 
+class _Nobody:
+    """In the place of autograd's context where nobody will ask for gradients."""
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        pass
+
+
+def apply(step: type[torch.autograd.Function], recorded: bool, *args: Any) -> Any:
+    """``step.apply``, or only its ``forward`` where it is not to be recorded.
+
+    Left out is what ``apply`` asks first, which takes as long as recording a step does: whether a transform of torch.func is
+    active (:func:`outside_transforms` has asked) and whether ``setup_context`` is defined (in none of the steps).
+    """
+    return super(torch.autograd.Function, step).apply(*args) if recorded else step.forward(_Nobody(), *args)  # type: ignore[misc]
+
+
 def autocast_is_on(device: torch.device) -> bool:
     """Also for a device that knows no autocast, such as ``meta``."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    kind = device.type
+    return (kind == "cpu" or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)
 
 
-def eager_on_cpu(weights: Sequence[Tensor | None], values: Sequence[Tensor]) -> bool:
-    """Whether a call is an eager one of plain tensors on the CPU, the queries and weights in float32."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def eager_on_cpu(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a call is an eager one of plain tensors on the CPU, which nothing records, redirects or casts.
+
+    The tensors need not have been looked at before.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
         return False
-    given = [t for t in weights if t is not None]
-    plain = all(type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu for t in (*given, *values))
-    return plain and all(t.dtype == torch.float32 for t in given) and not autocast_is_on(values[0].device)
+    for t in tensors:
+        if t is not None and not (type(t) in _PLAIN and t.is_cpu):
+            return False
+    return not torch.is_autocast_enabled("cpu")
+
+
+def in_float32(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether all that are given are."""
+    for t in tensors:
+        if t is not None and t.dtype is not torch.float32:
+            return False
+    return True
+
+
+_NOTHING = contextlib.nullcontext()
 
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """Inside an operator the dtypes are settled: autocast must not round a backend's float32 sums."""
-    return torch.autocast(device.type, enabled=False) if autocast_is_on(device) else contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False) if autocast_is_on(device) else _NOTHING
 
 
 def autocast(*tensors: Tensor | None, device: torch.device) -> list[Any]:

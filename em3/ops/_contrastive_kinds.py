@@ -59,5 +59,5 @@ def chosen(kind: str, backend: str, x: Tensor, y: Tensor, *rest: Any) -> InfoNCE
     """``rest`` are ``scale, item_ids, offset, rows, cols`` of ``em3::contrastive_loss``."""
     if kind == INFONCE:
         args = (x, y, *rest)
-        return InfoNCE(_dispatch.choose("contrastive_loss", backend, args, about(x, y, rest[1])))
+        return InfoNCE(_dispatch.choose("contrastive_loss", backend, args, lambda: about(x, y, rest[1])))
     return Sigmoid(_contrastive_sigmoid.served(backend, x, y, *rest), kind == SIGMOID_POSITIVE)

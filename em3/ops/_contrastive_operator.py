@@ -41,13 +41,13 @@ def _forward(x, y, scale, item_ids, offset, rows, cols, backend):
     check.log_probabilities(offset)
     args = (x, y, scale, item_ids, offset, rows, cols)
     with _checks.no_autocast(x.device):
-        return _dispatch.choose("contrastive_loss", backend, args, about(x, y, item_ids)).forward(*args)
+        return _dispatch.choose("contrastive_loss", backend, args, lambda: about(x, y, item_ids)).forward(*args)
 
 
 @torch.library.impl("em3::contrastive_loss_backward", "default")
 def _backward(drow, dcol, x, y, scale, item_ids, offset, row, col, need, backend):
     args = (x, y, scale, item_ids, offset, row.shape[0] > 0, col.shape[0] > 0)
-    chosen = _dispatch.choose("contrastive_loss", backend, args, about(x, y, item_ids))
+    chosen = _dispatch.choose("contrastive_loss", backend, args, lambda: about(x, y, item_ids))
     with _checks.no_autocast(x.device):
         return chosen.backward(drow, dcol, x, y, scale, item_ids, offset, row, col, need)
 

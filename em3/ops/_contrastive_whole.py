@@ -58,7 +58,7 @@ def _chosen(content: Tensor, negatives: Tensor | None, item_ids: Tensor | None, 
     if options["kind"] == "sigmoid":
         return _contrastive_sigmoid.served(backend, *args)
     masked = item_ids is not None and options["duplicates"] == "mask"
-    return _dispatch.choose("contrastive_loss", backend, args, (x, "ids" if masked else "plain", (b, m, v)))
+    return _dispatch.choose("contrastive_loss", backend, args, lambda: (x, "ids" if masked else "plain", (b, m, v)))
 
 
 def keeps(inputs: Sequence[Tensor | None], need: Sequence[bool]) -> bool:

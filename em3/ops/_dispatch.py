@@ -21,11 +21,13 @@ import importlib
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
-from ..tuning import About, decide
+from torch import Tensor
+
+from ..tuning import About, decide, silent
 
 log = logging.getLogger("em3")
 
@@ -103,8 +105,8 @@ def requested(backend: str | None) -> str:
     return _default if _used.backend is None else _used.backend
 
 
-def choose(op: str, request: str, args: tuple[Any, ...], about: About) -> ModuleType:
-    """The backend's module for this call; ``about`` is what ``tuning.decide`` goes by.
+def choose(op: str, request: str, args: tuple[Any, ...], about: Callable[[], About]) -> ModuleType:
+    """The backend's module for this call; ``about`` says what ``tuning.decide`` goes by, and is asked only where it may matter.
 
     Raises:
         BackendError: if a backend was asked for by name and cannot serve the call.
@@ -122,19 +124,25 @@ def choose(op: str, request: str, args: tuple[Any, ...], about: About) -> Module
         candidate = module(op, name)
         reason = candidate.unavailable() or candidate.supports(*args)
         if reason is None and candidate.wins(*args):
-            return _tuned(op, name, args, about) or _said(op, name, "; ".join(passed_over))
+            if not silent((args[0] if isinstance(args[0], Tensor) else args[0][0]).device):
+                tuned = _tuned(op, name, args, about)
+                if tuned is not None:
+                    return tuned
+            _say_once(op, name, "; ".join(passed_over))
+            return candidate
         passed_over.append(f"{name}: {reason or 'slower for this shape'}")
     raise BackendError(f"no backend can serve this call of {op}: {'; '.join(passed_over)}")
 
 
-def _tuned(op: str, model: str, args: tuple[Any, ...], about: About) -> ModuleType | None:
+def _tuned(op: str, model: str, args: tuple[Any, ...], about: Callable[[], About]) -> ModuleType | None:
     """Another backend than the first that claims to win, if it was measured to be faster and can serve the call."""
     if len(BACKENDS[op]) == 1:
         return None
-    name = decide(f"{op}.backend", *about, model)
+    name = decide(f"{op}.backend", *about(), model)
     if name == model or (module(op, name).unavailable() or module(op, name).supports(*args)) is not None:
         return None
-    return _said(op, name, f"{model}: slower for this shape as `em3 tune` measured")
+    _say_once(op, name, f"{model}: slower for this shape as `em3 tune` measured")
+    return module(op, name)
 
 
 def serves_projection(op: str, request: str) -> None:
@@ -143,11 +151,6 @@ def serves_projection(op: str, request: str) -> None:
         raise BackendError(
             f"backend {request!r} of {op} serves strategy='absorb' only; use strategy='auto', or backend='torch'"
         )
-
-
-def _said(op: str, name: str, passed_over: str) -> ModuleType:
-    _say_once(op, name, passed_over)
-    return module(op, name)
 
 
 @functools.cache

@@ -37,14 +37,14 @@ def forward(u, w, history, offsets, bank, bias, pooling, top_k, backend):
     _check_content(history, offsets, bank)
     args = (u, w, history, offsets, bank, bias, Pooling(pooling, top_k))
     with _checks.no_autocast(u.device):
-        return _dispatch.choose("lora_target_attention", backend, args, _about(*args)).forward(*args)
+        return _dispatch.choose("lora_target_attention", backend, args, lambda: _about(*args)).forward(*args)
 
 
 def backward(dout, u, w, history, offsets, bank, bias, pooling, top_k, y, o, lse, need_u, need_w, need_bank, need_bias,
              backend):  # fmt: skip
     _check_content(history, offsets, bank)
     args = (u, w, history, offsets, bank, bias, Pooling(pooling, top_k))
-    chosen = _dispatch.choose("lora_target_attention", backend, args, _about(*args))
+    chosen = _dispatch.choose("lora_target_attention", backend, args, lambda: _about(*args))
     with _checks.no_autocast(u.device):
         return chosen.backward(dout, *args, y, o, lse, need_u, need_w, need_bank, need_bias)
 

@@ -20,7 +20,7 @@ def attend(targets: Tensor, ids: Tensor, offsets: Tensor | None, bank: Tensor, w
     """``targets [B, M, D]`` -> ``[B, M, D]``, with the adapted weights ``w_k`` and ``w_v [D, C]``."""
     given = (targets, w_q, w_k, w_v, w_o, bank, bias)
     anchor = _checks.anchor("lora_target_attention", given)
-    found: Tensor = _Step.apply((ids, offsets, num_heads, pool, backend, anchor), *given)
+    found: Tensor = _checks.apply(_Step, anchor is not None, (ids, offsets, num_heads, pool, backend, anchor), *given)
     return found.view(targets.shape)  # here: what a function of autograd returns as a view cannot be changed in place
 
 

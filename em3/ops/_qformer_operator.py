@@ -39,7 +39,7 @@ def forward(u, c, w, values, offsets, masks, batch, seed, dropout, backend):
     check_content(values, offsets)
     args = (u, c, w, values, offsets, masks, batch, _drop(seed, dropout))
     with _checks.no_autocast(values[0].device):
-        return _dispatch.choose("qformer_attention", backend, args, _about(*args)).forward(*args)
+        return _dispatch.choose("qformer_attention", backend, args, lambda: _about(*args)).forward(*args)
 
 
 def backward(dout, dmass, u, c, w, values, offsets, masks, y, o, mass, lse, need_u, need_w, need_values, seed, dropout,
@@ -47,7 +47,7 @@ def backward(dout, dmass, u, c, w, values, offsets, masks, y, o, mass, lse, need
     check_content(values, offsets)
     drop = _drop(seed, dropout)
     args = (u, c, w, values, offsets, masks, lse.shape[1], drop)
-    chosen = _dispatch.choose("qformer_attention", backend, args, _about(*args))
+    chosen = _dispatch.choose("qformer_attention", backend, args, lambda: _about(*args))
     with _checks.no_autocast(lse.device):
         return chosen.backward(
             dout, dmass, u, c, w, values, offsets, masks, y, o, mass, lse, need_u, need_w, need_values, drop

@@ -23,7 +23,7 @@ def attend(q: Tensor, streams: Sequence[Stream], w_k: Sequence[Tensor], w_v: Seq
     values, offsets, masks = (list(t) for t in zip(*streams, strict=True))
     given = (q, *w_k, *w_v, *b_k, *b_v, *values)
     anchor = _checks.anchor("qformer_attention", given)
-    found: Tensor = _Step.apply((offsets, masks, batch, dropout, backend, anchor), seed, *given)
+    found: Tensor = _checks.apply(_Step, anchor is not None, (offsets, masks, batch, dropout, backend, anchor), seed, *given)
     return found
 
 

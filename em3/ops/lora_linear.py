@@ -1,4 +1,4 @@
-"""``lora_linear``: a linear layer with one or many low-rank adapters. Public function and registered operator."""
+"""``lora_linear``: a linear layer with one or many low-rank adapters. Public function."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import _checks, _dispatch
-from ._dropout import Dropout
+from . import _checks, _dispatch, _lora_linear_operator, _lora_linear_step
 
 
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, *,
@@ -55,20 +54,40 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, 
     where PEFT has it.
     """
     _checks.outside_transforms("lora_linear")
-    _checks.tensor(x, "x", " [..., C]")
-    x, weight, bias, lora_a, lora_b = _checks.autocast(x, weight, bias, lora_a, lora_b, device=x.device)
-    _check(x, weight, bias, lora_a, lora_b)
+    eager = _checks.eager_on_cpu((x, weight, bias, lora_a, lora_b))
+    if not eager:
+        _checks.tensor(x, "x", " [..., C]")
+        x, weight, bias, lora_a, lora_b = _checks.autocast(x, weight, bias, lora_a, lora_b, device=x.device)
+    if not (eager and _fit(x, weight, bias, lora_a, lora_b)):
+        _check(x, weight, bias, lora_a, lora_b)
     factor, factors = _scaling(scaling, x, lora_a)
-    _check_rows(x, lora_a, adapter, offsets)
+    if adapter is not None or offsets is not None or lora_a.dim() == 3:
+        _check_rows(x, lora_a, adapter, offsets)
     _checks.probability(dropout, "dropout")
     seed = torch.randint(torch.iinfo(torch.int64).max, (1,), device=x.device) if dropout else None
+    adapter = None if adapter is None else adapter.reshape(-1)
+    request = _dispatch.requested(backend)
+    if eager:
+        how = (factor, factors, adapter, offsets, _lora_linear_operator.dropped(seed, dropout))
+        return _lora_linear_step.linear(x, weight, bias, lora_a, lora_b, how, request)
     leading, c = x.shape[:-1], x.shape[-1]
-    rows = math.prod(leading)
     y = torch.ops.em3.lora_linear(
-        x.reshape(rows, c), weight, bias, lora_a, lora_b, factor, factors,
-        None if adapter is None else adapter.reshape(rows), offsets, seed, dropout, _dispatch.requested(backend),
-    )  # fmt: skip
+        x.reshape(math.prod(leading), c), weight, bias, lora_a, lora_b, factor, factors, adapter, offsets, seed, dropout, request
+    )
     return y.view(*leading, weight.shape[0])
+
+
+def _fit(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> bool:
+    """Whether tensors of one device pass :func:`_check`, which takes four times as long to say what is wrong with them."""
+    low, dtype = lora_a.shape, x.dtype
+    if not (len(low) in (2, 3) and weight.dim() == 2 and x.dim()) or 0 in low or dtype not in _checks.FLOATS:
+        return False
+    d, c = weight.shape
+    return (
+        x.shape[-1] == c == low[-1] and lora_b.shape == (*low[:-2], d, low[-2])
+        and weight.dtype is dtype and lora_a.dtype is dtype and lora_b.dtype is dtype
+        and (bias is None or (bias.shape == (d,) and bias.dtype is dtype))
+    )  # fmt: skip
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> None:
@@ -126,89 +145,3 @@ def _check_rows(x: Tensor, lora_a: Tensor, adapter: Tensor | None, offsets: Tens
     _checks.same_device("x", x, {"adapter": adapter, "offsets": offsets})
 
 
-# The registered operator works on rows: x [T, C], adapter [T]. With a seed, the adapters see x times the factors of
-# _dropout.Dropout(dropout, seed), of which token i and row c belong to x[i, c]; the backward draws them again.
-torch.library.define(
-    "em3::lora_linear",
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, float scaling, Tensor? scalings,"
-    " Tensor? adapter, Tensor? offsets, Tensor? seed, float dropout, str backend) -> Tensor",
-)
-# x is None where nothing that needs it wants a gradient; `need` is for x, weight, bias, lora_a, lora_b, and what is
-# not needed comes back as an empty tensor.
-torch.library.define(
-    "em3::lora_linear_backward",
-    "(Tensor dy, Tensor? x, Tensor weight, Tensor lora_a, Tensor lora_b, float scaling, Tensor? scalings,"
-    " Tensor? adapter, Tensor? offsets, Tensor? seed, float dropout, bool[] need, str backend)"
-    " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dlora_a, Tensor dlora_b)",
-)
-
-
-@torch.library.impl("em3::lora_linear", "default")
-def _forward(x, weight, bias, lora_a, lora_b, scaling, scalings, adapter, offsets, seed, dropout, backend):
-    _check_content(x.shape[0], lora_a, adapter, offsets)
-    args = (x, weight, bias, lora_a, lora_b, scaling, scalings, adapter, offsets, _drop(seed, dropout))
-    with _checks.no_autocast(x.device):
-        return _dispatch.choose("lora_linear", backend, args, _about(*args)).forward(*args)
-
-
-@torch.library.impl("em3::lora_linear_backward", "default")
-def _backward(dy, x, weight, lora_a, lora_b, scaling, scalings, adapter, offsets, seed, dropout, need, backend):
-    _check_content(dy.shape[0], lora_a, adapter, offsets)
-    args = (lora_a, lora_b, scaling, scalings, adapter, offsets, _drop(seed, dropout))
-    # dy stands in for x, which may be absent: it has x's rows, dtype and device.
-    like = (dy, weight, None, *args)
-    chosen = _dispatch.choose("lora_linear", backend, like, _about(*like))
-    with _checks.no_autocast(dy.device):
-        return chosen.backward(dy, x, weight, *args, need)
-
-
-def _drop(seed, dropout):
-    return None if seed is None else Dropout(dropout, seed)
-
-
-def _about(x, weight, bias, lora_a, lora_b, scaling, scalings, adapter, offsets, drop):
-    """What the choice of a backend depends on."""
-    kind = "shared" if lora_a.dim() == 2 else "index" if adapter is not None else "segments"
-    d, c = weight.shape
-    return x, kind if drop is None else f"{kind} dropped", (x.shape[0], c, d, *lora_a.shape[:-1])
-
-
-def _check_content(rows, lora_a, adapter, offsets):
-    """In the backward again: the user's index tensors may have been written to in between."""
-    if adapter is not None:
-        _checks.index_content(adapter, -1, lora_a.shape[0], "adapter", "adapter")
-    if offsets is not None:
-        _checks.offsets_content(offsets, rows, "offsets")
-
-
-@torch.library.register_fake("em3::lora_linear")
-def _forward_fake(x, weight, bias, lora_a, lora_b, scaling, scalings, adapter, offsets, seed, dropout, backend):
-    return x.new_empty(x.shape[0], weight.shape[0])
-
-
-@torch.library.register_fake("em3::lora_linear_backward")
-def _backward_fake(dy, x, weight, lora_a, lora_b, scaling, scalings, adapter, offsets, seed, dropout, need, backend):
-    d, c = weight.shape
-    shapes = ((dy.shape[0], c), (d, c), (d,), lora_a.shape, lora_b.shape)
-    return tuple(dy.new_empty(shape if wanted else (0,)) for shape, wanted in zip(shapes, need, strict=True))
-
-
-def _setup_context(ctx, inputs, output):
-    x, weight, _, lora_a, lora_b, ctx.scaling, scalings, adapter, offsets, seed, ctx.dropout, ctx.backend = inputs
-    _, need_weight, _, need_a, need_b = ctx.needs_input_grad[:5]
-    kept = x if need_weight or need_a or need_b else None
-    ctx.save_for_backward(kept, weight, lora_a, lora_b, scalings, adapter, offsets, seed)
-
-
-def _autograd(ctx, dy):
-    x, weight, lora_a, lora_b, scalings, adapter, offsets, seed = ctx.saved_tensors
-    need = list(ctx.needs_input_grad[:5])
-    grads = torch.ops.em3.lora_linear_backward(
-        dy.contiguous(), x, weight, lora_a, lora_b, ctx.scaling, scalings, adapter, offsets, seed, ctx.dropout, need,
-        ctx.backend,
-    )  # fmt: skip
-    return (*(g if wanted else None for g, wanted in zip(grads, need, strict=True)), *[None] * 7)
-
-
-torch.library.register_autograd("em3::lora_linear", _autograd, setup_context=_setup_context)
-_checks.no_second_order("lora_linear")

@@ -143,7 +143,8 @@ def _absorbed_form(targets: Tensor, ids: Tensor, offsets: Tensor | None, bank: T
                    request: str) -> Tensor:  # fmt: skip
     w_k, lora_k = _merged(w_k, lora_k)
     w_v, lora_v = _merged(w_v, lora_v)
-    if _checks.eager_on_cpu([targets, w_q, w_k, w_v, w_o], [bank, *([] if bias is None else [bias])]):
+    given = (targets, w_q, w_k, w_v, w_o)
+    if _checks.in_float32(given) and _checks.eager_on_cpu((*given, bank, bias)):
         return _lora_target_step.attend(targets, ids, offsets, bank, w_q, w_k, w_v, w_o, num_heads, bias, pool, request)
     q = _queries(targets, w_q, num_heads)
     batch, m, h, e = q.shape

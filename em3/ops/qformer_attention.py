@@ -115,7 +115,8 @@ def qformer_attention(query: Tensor, streams: Any, w_q: Tensor | None, w_k: Sequ
 def heads_of(query: Tensor, w_q: Tensor | None, b_q: Tensor | None, h: int, scale: float | None) -> Tensor:
     """The queries of each head, scaled, ``[1 or B, Q, H, E]``; 1 where all items share them."""
     q = query if w_q is None else F.linear(query, w_q, b_q)
-    q = (q if q.dim() == 3 else q[None]).unflatten(-1, (h, -1))
+    *of_items, n, d = q.shape
+    q = q.view(*(of_items or (1,)), n, h, d // h)
     return q * (q.shape[-1] ** -0.5 if scale is None else scale)
 
 
@@ -154,7 +155,8 @@ def _absorbed(q: Tensor, streams: Sequence[Stream], w_k: Sequence[Tensor], w_v: 
               b_k: Sequence[Tensor | None], b_v: Sequence[Tensor | None], batch: int, seed: Tensor | None, dropout: float,
               request: str) -> Tensor:  # fmt: skip
     _, nq, h, e = q.shape
-    if _checks.eager_on_cpu([q, *w_k, *w_v, *b_k, *b_v], [s.values for s in streams]):
+    given = (q, *w_k, *w_v, *b_k, *b_v)
+    if _checks.in_float32(given) and _checks.eager_on_cpu((*given, *(s.values for s in streams))):
         return _qformer_step.attend(q, streams, w_k, w_v, b_k, b_v, batch, seed, dropout, request)
     u, c = absorbed_keys(q, w_k, b_k)
     w = [t.view(h, e, t.shape[1]) for t in w_v]

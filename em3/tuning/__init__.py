@@ -80,6 +80,12 @@ def decide(decision: str, like: Tensor, kind: str, dims: Sequence[int], model: s
     return table.get((decision, like.dtype, threads, kind, buckets)) or model
 
 
+def silent(device: torch.device) -> bool:
+    """Whether :func:`decide` has nothing but the cost model's answers for a device. True in time to be asked before its
+    arguments are made, which takes longer than all else that it does then."""
+    return _trial is None and _tables.get(device) == {} and not torch.compiler.is_compiling()
+
+
 def gradients(tokens: Sequence[Tensor]) -> str:
     """The kind of a call by its gradients: ``"inference"``, else ``"trained"`` if a token takes one, else ``"frozen"``."""
     if not torch.is_grad_enabled():

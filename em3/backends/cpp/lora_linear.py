@@ -7,6 +7,8 @@ It computes in float32, and rows of a half type are rounded once where they are 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -46,7 +48,7 @@ def wins(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b:
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float,
             scalings: Tensor | None, adapter: Tensor | None, offsets: Tensor | None,
             drop: Dropout | None = None) -> Tensor:  # fmt: skip
-    if plain.merges(x, weight, lora_a, drop, plain.enough(weight)):
+    if lora_a.dim() == 2 and plain.merges(x, weight, lora_a, drop, plain.enough(weight)):
         return F.linear(x, plain.merged(weight, lora_a, lora_b, scaling), bias)
     y = F.linear(x, weight, bias)
     cpp.compiled().lora_linear_forward(
@@ -58,39 +60,33 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora
 
 def backward(dy: Tensor, x: Tensor | None, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float,
              scalings: Tensor | None, adapter: Tensor | None, offsets: Tensor | None, drop: Dropout | None,
-             need: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+             need: list[bool]) -> plain.Gradients:  # fmt: skip
     need_x, need_weight, _, need_a, need_b = need
-    merges = plain.merges(dy, weight, lora_a, drop, plain.enough(weight))
+    merges = lora_a.dim() == 2 and plain.merges(dy, weight, lora_a, drop, plain.enough(weight))
     if merges and need_weight:  # from which the adapter's gradient follows, without another pass over the rows
         return plain.backward(dy, x, weight, lora_a, lora_b, scaling, scalings, adapter, offsets, drop, need)
     met = plain.merged(weight, lora_a, lora_b, scaling) if merges and need_x else weight
     dx, dweight, dbias = plain.of_layer(dy, x, met, need)
-    da, db = (dy.new_empty(0) for _ in range(2))
-    if need_a:
-        da = _parts.empty(*lora_a.shape)
-    if need_b:
-        db = _parts.empty(*lora_b.shape)
     adds = need_x and not merges
-    if adds or need_a or need_b:
-        cpp.compiled().lora_linear_backward(
-            _rows(dy), _rows(x) if x is not None and (need_a or need_b) else None,
-            *_adapters(lora_a, lora_b, scaling, scalings, adapter, offsets), dx if adds else None,
-            _stacked(da) if need_a else None, _stacked(db) if need_b else None, _parts.drawn(drop),
-            torch.get_num_threads(), cpp.isa,
-        )  # fmt: skip
-    return dx, dweight, dbias, da.to(lora_a.dtype), db.to(lora_b.dtype)
+    if not (adds or need_a or need_b):
+        return dx, dweight, dbias, None, None
+    a, b, *rest = _adapters(lora_a, lora_b, scaling, scalings, adapter, offsets)
+    da = torch.empty_like(a) if need_a else None
+    db = torch.empty_like(b) if need_b else None
+    cpp.compiled().lora_linear_backward(
+        _rows(dy), _rows(x) if x is not None and (need_a or need_b) else None, a, b, *rest, dx if adds else None, da, db,
+        _parts.drawn(drop), torch.get_num_threads(), cpp.isa,
+    )  # fmt: skip
+    return dx, dweight, dbias, da, db
 
 
 def _adapters(lora_a: Tensor, lora_b: Tensor, scaling: float, scalings: Tensor | None, adapter: Tensor | None,
-              offsets: Tensor | None) -> tuple:  # fmt: skip
+              offsets: Tensor | None) -> tuple[Any, ...]:  # fmt: skip
     """As the kernel reads them."""
-    a, b = (_stacked(t.float()).contiguous() for t in (lora_a, lora_b))
-    index = (None if t is None else t.contiguous().long() for t in (adapter, offsets))
-    return a, b, scaling, None if scalings is None else scalings.contiguous().float(), *index
-
-
-def _stacked(factor: Tensor) -> Tensor:
-    return factor if factor.dim() == 3 else factor[None]
+    return (
+        lora_a.contiguous(), lora_b.contiguous(), scaling, None if scalings is None else scalings.contiguous().float(),
+        None if adapter is None else adapter.contiguous().long(), None if offsets is None else offsets.contiguous().long(),
+    )  # fmt: skip
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -36,9 +36,8 @@ def wins(u: Tensor, w: Tensor, history: Tensor, offsets: Tensor | None, bank: Te
 
 def forward(u: Tensor, w: Tensor, history: Tensor, offsets: Tensor | None, bank: Tensor, bias: Tensor | None,
             pool: Pooling) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dtype = u.dtype
     y, o, lse = _forward(u.float(), w.float(), history, offsets, bank, bias, pool != SOFTMAX)
-    return y.to(dtype), o.to(dtype), lse
+    return _parts.rounded(y, u), _parts.rounded(o, u), lse
 
 
 def _forward(u: Tensor, w: Tensor, history: Tensor, offsets: Tensor | None, bank: Tensor, bias: Tensor | None,
@@ -72,7 +71,8 @@ def backward(dout: Tensor, u: Tensor, w: Tensor, history: Tensor, offsets: Tenso
         dout.float(), u.float(), w.float(), history, offsets, bank, bias, y.float(), o.float(), lse,
         (need_u, need_w, need_bank, need_bias), pool != SOFTMAX,
     )  # fmt: skip
-    return du.to(u.dtype), dw.to(w.dtype), dbank.to(bank.dtype), u.new_empty(0) if dbias is None else dbias
+    du, dw, dbank = (_parts.rounded(g, t) for g, t in ((du, u), (dw, w), (dbank, bank)))
+    return du, dw, dbank, u.new_empty(0) if dbias is None else dbias
 
 
 Needs = tuple[bool, bool, bool, bool]

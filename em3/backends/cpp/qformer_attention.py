@@ -65,10 +65,9 @@ def wins(u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Tensor
 def forward(u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Tensor], offsets: list[Tensor | None],
             masks: list[Tensor | None], batch: int,
             drop: Dropout | None = None) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:  # fmt: skip
-    dtype = u[0].dtype
     how = How(drop, in_pairs(u, w, values))
     y, o, mass, lse = _forward(_wide(u), c, _wide(w), values, offsets, masks, batch, how)
-    return [t.to(dtype) for t in y], o.to(dtype), mass, lse
+    return [_parts.rounded(t, u[0]) for t in y], _parts.rounded(o, u[0]), mass, lse
 
 
 def _forward(u: list[Tensor], c: Tensor | None, w: list[Tensor], values: list[Tensor], offsets: list[Tensor | None],
@@ -104,7 +103,7 @@ def backward(dout: Tensor, dmass: Tensor | None, u: list[Tensor], c: Tensor | No
         need_values, How(drop, in_pairs(u, w, values)),
     )  # fmt: skip
     return (
-        [g.to(t.dtype) for g, t in zip(du, u, strict=True)], dc, [g.to(t.dtype) for g, t in zip(dw, w, strict=True)],
+        [_parts.rounded(g, t) for g, t in zip(du, u, strict=True)], dc, [_parts.rounded(g, t) for g, t in zip(dw, w, strict=True)],
         dx,
     )  # fmt: skip
 

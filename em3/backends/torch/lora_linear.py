@@ -21,11 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...ops._dropout import Dropout
-from ...tuning import decide
+from ...tuning import decide, silent
 
 # Elements of a temporary, 4 MiB in float32: memory beyond the results does not grow with the rows. 1, 2, 4 and 8 MiB
 # took 5.9, 4.3, 4.2 and 4.3 ms in `Mixed.collect` (T=8192, C=512, G=64, R=8), 4.0, 3.7, 3.5 and 3.3 ms in `shrink`.
 CHUNK = 1 << 20
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 # Rows from which one adapter is added to the weight. Time of the separate products over that of the merged one,
 # forward and backward with x's gradient, float32, 2 threads, at T = 256, 512, 1024, 4096:
@@ -61,48 +62,46 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora
 
 def backward(dy: Tensor, x: Tensor | None, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float,
              scalings: Tensor | None, adapter: Tensor | None, offsets: Tensor | None, drop: Dropout | None, need: list[bool],
-             ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients to x, weight, bias, lora_a and lora_b where needed, an empty tensor for the others."""
+             ) -> Gradients:  # fmt: skip
+    """Gradients to x, weight, bias, lora_a and lora_b where needed."""
     need_x, need_weight, _, need_a, need_b = need
     a, b = _factors(lora_a, lora_b, scaling, scalings)
     merging = merges(dy, weight, lora_a, drop, MERGE_ROWS)
     rows = _rows(a, adapter, offsets, dy)
-    da, db, dlow = (dy.new_empty(0) for _ in range(3))
-    if x is None:
-        x = dy.new_empty(0)  # only dx or dbias is needed, and they do without
+    da: Tensor | None = None
+    db: Tensor | None = None
     dx, dweight, dbias = of_layer(dy, x, merged(weight, lora_a, lora_b, scaling) if merging and need_x else weight, need)
     # With the weight's gradient at hand the adapter's follow from it, without another pass over the rows.
     thin = not (merging and need_weight)
-    if (need_x and not merging) or (need_a and thin):
+    if (dx is not None and not merging) or (need_a and thin):
         dlow = rows.shrink(dy, b)  # [T, R]
-    if need_x and not merging and drop is None:
+    if dx is not None and not merging and drop is None:
         rows.expand_(dx, dlow, a)
-    elif need_x and not merging:
+    elif dx is not None and not merging:
         low_rank = dlow.new_zeros(dx.shape)
         rows.expand_(low_rank, dlow, a)
         dx += _dropped(low_rank, drop)
-    if need_a or need_b:
+    if dweight is not None and merging:
+        da = b @ dweight if need_a else None
+        db = a @ dweight.t() if need_b else None
+    elif x is not None and (need_a or need_b):
         x = _dropped(x, drop)
-    if need_a:
-        da = (rows.collect(dlow, x) if thin else b @ dweight).to(lora_a.dtype)
-    if need_b:
-        db = rows.collect(rows.shrink(x, a), dy) if thin else a @ dweight.t()  # [R, D] or [G, R, D]
+        da = rows.collect(dlow, x) if need_a else None
+        db = rows.collect(rows.shrink(x, a), dy) if need_b else None  # [R, D] or [G, R, D]
+    if da is not None:
+        da = da.to(lora_a.dtype)
+    if db is not None:
         db = db.mul_(_of_adapters(scaling, scalings, db.dtype)).transpose(-1, -2).to(lora_b.dtype).contiguous()
     return dx, dweight, dbias, da, db
 
 
-def of_layer(dy: Tensor, x: Tensor | None, weight: Tensor, need: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of a linear layer without adapters to x, weight and bias where needed, an empty tensor for the others."""
+def of_layer(dy: Tensor, x: Tensor | None, weight: Tensor,
+             need: Sequence[bool]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """The gradients of a linear layer without adapters to x ``[T, C]``, weight ``[D, C]`` and bias ``[D]`` where needed."""
     need_x, need_weight, need_bias, *_ = need
-    dx, dweight, dbias = (dy.new_empty(0) for _ in range(3))
-    if need_x:
-        dx = dy @ weight  # [T, C]
-    if need_weight:
-        assert x is not None
-        dweight = dy.t() @ x  # [D, C]
-    if need_bias:
-        dbias = dy.sum(0)
-    return dx, dweight, dbias
+    return (
+        dy @ weight if need_x else None, dy.t() @ x if need_weight and x is not None else None, dy.sum(0) if need_bias else None,
+    )  # fmt: skip
 
 
 def _factors(lora_a: Tensor, lora_b: Tensor, scaling: float, scalings: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -124,6 +123,8 @@ def merges(x: Tensor, weight: Tensor, lora_a: Tensor, drop: Dropout | None, leas
     if lora_a.dim() != 2 or x.dtype not in (torch.float32, torch.float64) or drop is not None:
         return False
     model = "merged" if x.shape[0] >= least else "separate"
+    if silent(x.device):
+        return model == "merged"
     return decide("lora_linear.form", x, "", (x.shape[0], *weight.shape, lora_a.shape[0]), model) == "merged"
 
 

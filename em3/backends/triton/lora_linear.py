@@ -58,14 +58,15 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora
 
 def backward(dy: Tensor, x: Tensor | None, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float,
              scalings: Tensor | None, adapter: Tensor | None, offsets: Tensor | None, drop: Dropout | None,
-             need: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+             need: list[bool]) -> plain.Gradients:  # fmt: skip
     need_x, need_weight, _, need_a, need_b = need
     merges = plain.merges(dy, weight, lora_a, drop, plain.enough(weight))
     if merges and need_weight:  # from which the adapter's gradient follows, without another pass over the rows
         return plain.backward(dy, x, weight, lora_a, lora_b, scaling, scalings, adapter, offsets, drop, need)
     met = plain.merged(weight, lora_a, lora_b, scaling) if merges and need_x else weight
     dx, dweight, dbias = plain.of_layer(dy, x, met, need)
-    da, db = (dy.new_empty(0) for _ in range(2))
+    da: Tensor | None = None
+    db: Tensor | None = None
     adds = need_x and not merges
     if not (adds or need_a or need_b):
         return dx, dweight, dbias, da, db
