@@ -32,15 +32,15 @@ class _Step(torch.autograd.Function):
         batch, m, d = targets.shape
         e, c = d // h, bank.shape[1]
         flat = targets.reshape(batch * m, d)
-        # The scale goes into the small weight; a product a head leaves its rows side by side.
-        scaled = (w_q * e**-0.5).view(h, e, d)
-        rows = torch.bmm(flat.expand(h, -1, -1), scaled.transpose(1, 2))  # [H, B * M, E]
+        # A product a head leaves its rows side by side. The scale is a product's factor, which costs no pass over a weight.
+        heads = w_q.view(h, e, d).transpose(1, 2)
+        rows = torch.baddbmm(flat.new_empty(1, 1, 1), flat.expand(h, -1, -1), heads, beta=0, alpha=e**-0.5)  # [H, B * M, E]
         u = torch.bmm(rows, w_k.view(h, e, c)).view(h, batch, m, c)
         w = w_v.view(h, e, c)
         y, o, lse = _lora_target_operator.forward(u, w, ids, offsets, bank, bias, pool.kind, pool.k, backend)
         read = o.view(h, batch * m, e).transpose(0, 1).reshape(batch * m, d)
         ctx.how = (h, pool, backend)
-        ctx.save_for_backward(flat, scaled, w_k, w, w_o, rows, u, read, ids, offsets, bank, bias, y, o, lse)
+        ctx.save_for_backward(flat, w_q, w_k, w, w_o, rows, u, read, ids, offsets, bank, bias, y, o, lse)
         return read @ w_o.t()
 
     @staticmethod
@@ -55,7 +55,7 @@ class _Step(torch.autograd.Function):
 def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     """To targets, w_q, w_k, w_v, w_o, bank and bias."""
     h, pool, backend = ctx.how
-    flat, scaled, w_k, w, w_o, rows, u, read, ids, offsets, bank, bias, y, o, lse = ctx.saved_tensors
+    flat, w_q, w_k, w, w_o, rows, u, read, ids, offsets, bank, bias, y, o, lse = ctx.saved_tensors
     need_target, need_q, need_k, need_v, need_o, need_bank, need_bias = ctx.needs_input_grad[1:]
     _, batch, m, c = u.shape
     d, e = w_o.shape[0], w.shape[1]
@@ -72,10 +72,14 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     if need_target or need_q:
         drows = torch.bmm(du, w_k.view(h, e, c).transpose(1, 2))  # [H, B * M, E]
         joined = drows.transpose(0, 1).reshape(batch * m, d)
-        to_target = (joined @ scaled.view(d, d)).view(batch, m, d) if need_target else None
-        to_q = (joined.t() @ flat).mul_(e**-0.5) if need_q else None
+        to_target = _scaled_mm(joined, w_q, e**-0.5).view(batch, m, d) if need_target else None
+        to_q = _scaled_mm(joined.t(), flat, e**-0.5) if need_q else None
     return [
         to_target, to_q, torch.bmm(rows.transpose(1, 2), du).view(d, c) if need_k else None,
         dw.view(d, c) if need_v else None, dflat.t() @ read if need_o else None,
         dbank if need_bank else None, dbias if need_bias else None,
     ]  # fmt: skip
+
+
+def _scaled_mm(left: Tensor, right: Tensor, by: float) -> Tensor:
+    return torch.addmm(left.new_empty(1, 1), left, right, beta=0, alpha=by)
