@@ -43,6 +43,8 @@ class Tensor {
     shape_ = numbers_of(attribute<2>(tensor, "shape"));
     strides_ = numbers_of(attribute<3>(tensor, "stride")());
     address_ = attribute<4>(tensor, "data_ptr")().cast<std::uintptr_t>();
+    const bool holds_none = std::find(shape_.begin(), shape_.end(), 0) != shape_.end();
+    if (address_ == 0 && !holds_none) fail("without memory, as some of PyTorch's zeros are", "a tensor that has some (clone it)");
   }
 
   const Sizes& shape() const { return shape_; }

@@ -39,6 +39,11 @@ class Jagged:
     def offsets(self) -> Tensor:
         return self._offsets
 
+    def to(self, *args: Any, **kwargs: Any) -> Jagged:
+        """The same elsewhere, or with values of another dtype: arguments as of ``torch.Tensor.to``; offsets keep their dtype."""
+        values = self._values.to(*args, **kwargs)
+        return type(self)(values, self._offsets.to(values.device, non_blocking=bool(kwargs.get("non_blocking"))))
+
     @classmethod
     def from_sequences(cls, sequences: list[Tensor]) -> Jagged:
         """Join ``B >= 1`` tensors ``[N_b, ...]`` that agree in everything but their length."""

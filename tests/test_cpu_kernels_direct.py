@@ -189,3 +189,13 @@ def test_the_compiled_code_refuses_wild_offsets(name, offsets):
 def test_a_list_of_another_length():
     with pytest.raises(ValueError, match=re.escape("masks: held 1 entries, must hold one for each of the 2 streams")):
         cpp.compiled().qformer_attention_forward(**direct() | {"masks": [None]})
+
+
+@pytest.mark.parametrize("name", DIRECT)
+def test_a_tensor_without_memory_is_refused(name):
+    """PyTorch's own zeros of some gradients have an address of 0."""
+    given = DIRECT[name]()
+    where, holder, key = next(iter(places(given)))
+    holder[key] = torch._efficientzerotensor(tuple(holder[key].shape))
+    with pytest.raises(ValueError, match=re.escape(f"{where}: was without memory")):
+        getattr(cpp.compiled(), name)(**given)

@@ -82,6 +82,8 @@ def _seen(tokens: Tensor | None, mask: Any) -> tuple[str | None, Tensor | None]:
         return f"encoder_attention_mask was {was}, must be [B, N] or [B, 1, Q, N]", None
     if mask.dim() == 2:
         return None, mask.bool()
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        return f"encoder_attention_mask [B, 1, Q, N] was {mask.dtype}, must be torch.bool or what is added to the scores", None
     first = mask[:, :1, :1]
     fine = (mask == first).all()
     if mask.dtype != torch.bool:  # what is added to the scores

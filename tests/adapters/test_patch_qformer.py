@@ -113,6 +113,17 @@ def test_a_mask_that_differs_between_queries_takes_the_modules_own_way(attention
     assert message.startswith("a call of Blip2QFormerMultiHeadAttention is not served by em3: encoder_attention_mask must be")
 
 
+def test_a_mask_of_whole_numbers_is_left_to_the_module(calls, seed):
+    """Numbers that are added to scores: the module's own way adds 0 and 1."""
+    model, (query, tokens) = qformer("Blip2", attention="eager"), inputs()
+    mask = torch.randint(0, 2, (3, 1, 5, 7))
+    want = run(model, query, tokens, encoder_attention_mask=mask)
+    em3.patch(model)
+    got = run(model, query, tokens, encoder_attention_mask=mask)
+    assert not calls
+    assert all(torch.equal(got[key], value) for key, value in want.items())
+
+
 def test_attention_maps(seed):
     """As the eager attention returns them, whatever the implementation."""
     eager, (query, tokens) = qformer("Blip2", attention="eager"), inputs()
