@@ -63,6 +63,15 @@ def test_no_gradient_of_a_gradient(wanted, g, seed):
         (first.square().sum() + args["weight"].sum()).backward()
 
 
+@pytest.mark.parametrize("name", ["weight", "lora_a", "scaling", *ROUTES])
+def test_what_was_changed_before_the_backward_is_an_error(name, seed):
+    args = make((4, 5), g=3, route=name if name in ROUTES else "adapter", per_adapter=True, frozen=NAMES[1:], dtype=torch.float32)
+    y = lora_linear(**args)
+    args[name].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 def test_can_be_traced(seed):
     layer, x = em3.LoRALinear(5, 4, 2), torch.randn(3, 5)
     torch.nn.init.normal_(layer.lora_b)
