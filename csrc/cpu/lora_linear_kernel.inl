@@ -25,6 +25,7 @@ struct LoraState {
   const float **x, **dy;     // [n] rows of a tile
   float** y;                 // [n] rows that are added to
   uintptr_t *x_at, *y_at, *dy_at;  // [n] where these rows lie
+  uintptr_t *x_next, *dy_next;     // [n] those of the next tile; the last one again where it has fewer
   float *low, *dlow;         // [n, ld]
   float* turned;             // [R, n], low or dlow transposed
   float *x_copy, *y_copy, *dy_copy;  // [n, width]: of rows that are not float32, or dropped
@@ -71,6 +72,8 @@ static LoraState lora_state(const LoraJob& job, Arena& arena) {
   st.dlow = arena.floats(n * st.ld);
   st.dy = arena.array<const float*>(n);
   st.dy_at = arena.array<uintptr_t>(n);
+  st.x_next = arena.array<uintptr_t>(n);
+  st.dy_next = arena.array<uintptr_t>(n);
   st.da = arena.array<float*>(R);
   st.db = arena.array<float*>(R);
   if (given.factors != Storage::f32) st.da_sums = arena.floats(R * C);
@@ -300,12 +303,20 @@ static void forward_part(const LoraJob& job, const LoraPart& part, float* scratc
   });
 }
 
-// sums (+)= low^T rows. Of `from`, where these rows lie side by side, as many more are asked for meanwhile: the next tile's.
-static void collect(const LoraJob& job, const LoraState& st, const float* low, const float* const* rows, int64_t n,
-                    float* const* sums, int64_t width, bool first, const Rows& from, const uintptr_t* at) {
-  const int64_t size = bytes_of(from.storage), stride = from.stride * size;
-  const Ahead ahead = job.order != nullptr ? Ahead{} : Ahead{at[0] + static_cast<uintptr_t>(n * stride), stride, n, size};
-  update({low, st.ld, n, rows, sums, nullptr, nullptr, !first, nullptr, {}}, st.rank, width, ahead);
+// Where the n rows behind a tile of the part lie, in `at`; null where it is the last.
+static const uintptr_t* following(const LoraJob& job, const Rows& rows, const LoraPart& part, int64_t first, int64_t n,
+                                  uintptr_t* at) {
+  const int64_t there = smaller(n, part.end - first);
+  if (there <= 0) return nullptr;
+  locate(job, rows, first, there, at);
+  for (int64_t i = there; i < n; ++i) at[i] = at[there - 1];
+  return at;
+}
+
+// sums (+)= low^T rows. `next`: n rows that will be wanted next, brought into the level-2 cache meanwhile; null = none.
+static void collect(const LoraState& st, const float* low, const float* const* rows, int64_t n, float* const* sums,
+                    int64_t width, bool first, const uintptr_t* next, const Rows& from) {
+  update({low, st.ld, n, rows, sums, nullptr, nullptr, !first, nullptr, {}, next, bytes_of(from.storage)}, st.rank, width, {});
 }
 
 static void backward_tile(const LoraJob& job, LoraState& st, const LoraPart& part, int64_t first, int64_t n) {
@@ -320,17 +331,20 @@ static void backward_tile(const LoraJob& job, LoraState& st, const LoraPart& par
   draw_factors(job, st, first, n);
   const int64_t x_bytes = C * bytes_of(job.x.first != nullptr ? job.x.storage : dx.storage);
   if (need_x || need_a) {
-    // With both sums wanted, what follows the first tile of rows that lie side by side was asked for by the tile before.
-    const bool asked = job.order == nullptr && !start && need_a && need_b;
+    // With both sums wanted, what follows the first tile was asked for by the tile before.
+    const bool asked = !start && need_a && need_b;
     const uintptr_t* const soon = job.x.first == nullptr ? st.y_at : asked ? nullptr : st.x_at;
     shrink(st.dy, n, D, st.b, st, st.dlow, job.y.storage == Storage::f32 && !asked, soon, x_bytes);
   }
   if (job.x.first != nullptr) adapter_input(job, st, first, n);
   if (need_b) {
-    shrink(st.x, n, C, st.a, st, st.low, false, need_x ? st.y_at : nullptr, x_bytes);
-    collect(job, st, st.low, st.dy, n, st.db, D, start, job.y, st.dy_at);
+    const bool fetch = !need_x && !need_a && !copied(job, job.x);  // else it was asked for above
+    shrink(st.x, n, C, st.a, st, st.low, fetch, need_x ? st.y_at : nullptr, x_bytes);
+    collect(st, st.low, st.dy, n, st.db, D, start, following(job, job.y, part, first + n, n, st.dy_next), job.y);
   }
-  if (need_a) collect(job, st, st.dlow, st.x, n, st.da, C, start, job.x, st.x_at);
+  if (need_a) {
+    collect(st, st.dlow, st.x, n, st.da, C, start, following(job, job.x, part, first + n, n, st.x_next), job.x);
+  }
   if (need_x) expand(st, st.dlow, st.a, dx, st.y_at, n, C, dropped(job));
 }
 

@@ -158,7 +158,8 @@ def _mixed(module: Any, x: Tensor, used: list[str], names: list[str]) -> Tensor:
     rank = max(len(a) for a, _ in each)
     a = torch.stack([F.pad(a, (0, 0, 0, rank - len(a))) for a, _ in each])  # [G, R, C]
     b = torch.stack([F.pad(b, (0, rank - b.shape[1])) for _, b in each])  # [G, D, R]
-    scaling = torch.tensor([module.scaling[name] for name in used], device=x.device, dtype=torch.float32)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    scaling = torch.tensor([module.scaling[name] for name in used], device=x.device, dtype=wide)
     return lora_linear(x, base.weight, base.bias, a, b, scaling=scaling, adapter=adapter)
 
 

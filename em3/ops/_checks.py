@@ -272,10 +272,7 @@ def eager_on_cpu(tensors: Iterable[Tensor | None]) -> bool:
 
 def in_float32(tensors: Iterable[Tensor | None]) -> bool:
     """Whether all that are given are."""
-    for t in tensors:  # noqa: SIM110  # a generator takes 1.4 times as long
-        if t is not None and t.dtype is not torch.float32:
-            return False
-    return True
+    return all(t is None or t.dtype is torch.float32 for t in tensors)
 
 
 _NOTHING = contextlib.nullcontext()

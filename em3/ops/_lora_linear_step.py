@@ -50,11 +50,13 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: tuple[How, str], x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor,
                 lora_b: Tensor) -> Tensor:  # fmt: skip
-        ctx.how, backend = call
+        how, backend = call
+        ctx.scaling, scalings, adapter, offsets, ctx.drop = how
         _, _, need_weight, _, need_a, need_b = ctx.needs_input_grad
-        # All that gradients depend on, and so what their own would be of.
-        ctx.save_for_backward(x if need_weight or need_a or need_b else None, weight, lora_a, lora_b)
-        y, ctx.chosen = _forward(x, weight, bias, lora_a, lora_b, ctx.how, backend)
+        # All that gradients depend on, so that autograd sees what was changed meanwhile.
+        kept = x if need_weight or need_a or need_b else None
+        ctx.save_for_backward(kept, weight, lora_a, lora_b, scalings, adapter, offsets)
+        y, ctx.chosen = _forward(x, weight, bias, lora_a, lora_b, how, backend)
         return y
 
     @staticmethod
@@ -68,12 +70,13 @@ class _Step(torch.autograd.Function):
         return None, *_checks.NoSecondOrder.apply("lora_linear", dy, anchor, *grads)
 
 
-def _gradients(ctx: Any, dy: Tensor, x: Tensor | None, weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> Any:
+def _gradients(ctx: Any, dy: Tensor, x: Tensor | None, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scalings: Tensor | None,
+               adapter: Tensor | None, offsets: Tensor | None) -> Any:  # fmt: skip
     """To x, weight, bias, lora_a and lora_b."""
-    how, need = ctx.how, list(ctx.needs_input_grad[1:])
+    how, need = (ctx.scaling, scalings, adapter, offsets, ctx.drop), list(ctx.needs_input_grad[1:])
     rows = dy if dy.dim() == 2 else _flat(dy)
     if lora_a.dim() == 3:
-        _lora_linear_operator.check_content(rows.shape[0], lora_a, how[2], how[3])
+        _lora_linear_operator.check_content(rows.shape[0], lora_a, adapter, offsets)
     if x is not None and rows is not dy:
         x = _flat(x)
     with _checks.no_autocast(dy.device):

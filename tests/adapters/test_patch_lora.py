@@ -122,6 +122,17 @@ def test_mixed_batches(shape, calls, seed):
         assert all(args[3].dim() == 3 for args, _ in calls)
 
 
+def test_mixed_batches_in_float64(calls, seed):
+    """Scalings such as 4 / sqrt(3) are not rounded on the way."""
+    model, x = adapted(use_rslora=True).double().eval(), torch.randn(6, 8, dtype=torch.float64)
+    em3.unpatch(model)
+    names = ["u", "b", "__base__", "c", "u", "c"]
+    want = run(model, x, adapter_names=names)
+    em3.patch(model)
+    same(run(model, x, adapter_names=names), want, 1e-13)
+    assert len(calls) == 2
+
+
 def test_errors_of_mixed_batches_stay(seed):
     model, x = adapted().eval(), torch.randn(2, 8)
     em3.patch(model)
