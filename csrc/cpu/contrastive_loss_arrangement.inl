@@ -80,7 +80,7 @@ struct Arrangement {
   Floats across, across_weight, down, down_weight;
   Sheet sheet{};
   float largest_offset = 0.0f;
-  float shift = 0.0f;  // of exponentials and weights together, to base e
+  double shift = 0.0;  // of exponentials and weights together, to base e
 
   Arrangement(const Contrast& given, const ShiftLimits& limits, int products, int threads, Isa isa)
       : table(kernels(isa)), division(given, table.panel, products, threads) {
@@ -106,9 +106,8 @@ struct Arrangement {
     const float bound = std::fabs(static_cast<float>(given.scale)) *
                         (given.longest != nullptr ? *given.longest : longest_product(given, threads, isa));
     sheet.one_shift = bound <= limits.largest_logit && spread <= limits.largest_spread;
-    shift = std::max(0.0f, bound - limits.top);
-    sheet.shift = shift * static_cast<float>(kLog2E);
-    shift += largest_offset;
+    sheet.shift = std::max(0.0f, bound - limits.top) * static_cast<float>(kLog2E);
+    shift = sheet.shift / kLog2E + largest_offset;
   }
 
   // Scratch of the calling thread: what both passes need and, in the backward, panels for the gradients.

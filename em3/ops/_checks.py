@@ -62,9 +62,10 @@ def tensor(given: Any, name: str, must: str = "") -> None:
 
 def shape(tensor: Tensor, expected: Sequence[int | str], name: str) -> None:
     """``expected`` holds sizes, or a dimension's letter where any size will do."""
-    fits = isinstance(tensor, Tensor) and tensor.dim() == len(expected) and all(
-        isinstance(want, str) or size == want for size, want in zip(tensor.shape, expected, strict=True)
-    )
+    fits = isinstance(tensor, Tensor) and tensor.dim() == len(expected)
+    if fits:  # a generator in all() takes as long as all the rest
+        for size, want in zip(tensor.shape, expected, strict=True):
+            fits = fits and (isinstance(want, str) or size == want)
     if not fits:
         must = ", ".join(str(want) for want in expected)  # not before: torch.compile cannot trace it
         if not isinstance(tensor, Tensor):
@@ -216,7 +217,8 @@ class NoSecondOrder(torch.autograd.Function):
 
 def autocast_is_on(device: torch.device) -> bool:
     """Also for a device that knows no autocast, such as ``meta``."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    kind = device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def eager_on_cpu(weights: Sequence[Tensor | None], values: Sequence[Tensor]) -> bool:
