@@ -115,8 +115,10 @@ struct Arrangement {
     Workspace space{};
     const int64_t width = round_up(sheet.V, table.panel);
     space.rows = std::max<int64_t>(1, std::min(table.tile_rows, division.longest_rows()));
-    // Wide rows take more of the cache than the sums over them, unless they are pairs.
-    const int64_t most = sheet.V > 256 && !sheet.pairs ? table.tile_cols / 2 : table.tile_cols;
+    // Wide rows take more of the cache than the sums over them, unless they are pairs; and what few half rows take in memory,
+    // a thread's tile with all columns would take once more.
+    const bool small = sheet.y.storage != Storage::f32 && sheet.M * sheet.V < (int64_t{1} << 19);
+    const int64_t most = (sheet.V > 256 && !sheet.pairs) || small ? table.tile_cols / 2 : table.tile_cols;
     space.cols = std::max(table.panel, std::min(most, division.longest_cols()));
     const int64_t rounded = sheet.pairs ? table.tile_rows * table.tile_stride / 2 : 0;
     const std::pair<float**, int64_t> parts[] = {

@@ -10,6 +10,7 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 #include "contrastive_loss_terms.h"
@@ -57,8 +58,8 @@ class Room {
   // The first `floats` have been read for the last time.
   void give_back(std::int64_t floats) {
 #if defined(__linux__)
-    constexpr std::size_t kPage = 1 << 16;  // or a part of that
-    if (mapped_ > 0) madvise(first_, size(floats) * sizeof(float) / kPage * kPage, MADV_DONTNEED);
+    static const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+    if (mapped_ > 0) madvise(first_, size(floats) * sizeof(float) / page * page, MADV_DONTNEED);
 #else
     (void)floats;
 #endif
@@ -77,7 +78,7 @@ class Room {
   }
 
  private:
-  static constexpr std::size_t kPages = std::size_t{1} << 19;  // fewer bytes are not worth a call of the system
+  static constexpr std::size_t kPages = std::size_t{1} << 18;  // fewer bytes are not worth a call of the system
   float* first_ = nullptr;
   std::size_t mapped_ = 0;
 };

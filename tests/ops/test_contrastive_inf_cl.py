@@ -34,7 +34,8 @@ def allocated(call: Callable[[], object]) -> int:
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()
         most = max(most, now)
-    assert found is not None and most > 0
+    assert found is not None
+    assert most > 0
     return most
 
 

@@ -76,6 +76,8 @@ def gradients(drow: Tensor | None, dcol: Tensor | None, x: Tensor, y: Tensor, sc
     need_x, need_y, need_scale, need_bias, need_offset = need
     dx, dy = (_room(t, n) for t, n in ((x, need_x or need_scale), (y, need_y)))
     dscale, dbias = (_room(t, n, torch.float64) for t, n in ((scale, need_scale), (bias, need_bias)))
+    if dscale is not None and not x.shape[0]:
+        dscale.zero_()  # no rows, whose gradient the kernel would find it by
     doffset = _room(offset, need_offset)
     cpp.compiled().contrastive_loss_backward(
         drow, dcol, *_inputs(x, y, scale, bias, item_ids, offset), kind, limits(), *sums, dx, dy, dscale, dbias, doffset,
