@@ -50,7 +50,8 @@ def direct_target_backward():
 def direct_contrast():
     f = torch.randn
     return dict(x=f(5, 8), y=f(7, 8), scale=torch.tensor(3.0, dtype=torch.float64), bias=torch.tensor(-1.0, dtype=torch.float64),
-                item_ids=torch.tensor([4, -1, 4, 2**60, 0]), offset=f(7), kind="sigmoid", limits=(40.0, -60.0, 150.0, 20.0), row=f(5), col=f(5), threads=2)  # fmt: skip
+                item_ids=torch.tensor([4, -1, 4, 2**60, 0]), offset=f(7), kind="sigmoid", limits=(40.0, -60.0, 150.0, 20.0), row=f(5).double(),
+                col=f(5).double(), threads=2)  # fmt: skip
 
 
 def direct_contrast_backward():

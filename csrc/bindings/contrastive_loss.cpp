@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "../cpu/contrastive_loss.h"
 #include "../cpu/contrastive_loss_whole.h"
@@ -61,8 +62,21 @@ Contrast contrast(const py::object& x, const py::object& y, const py::object& sc
     const auto* const offsets = block_or_null<const float>(offset, "offset", {own ? m : b + m});
     const std::int64_t first = own ? 0 : b;  // where the ids and offsets of columns begin
     return {contrast_kind(kind), b, n, m, v, own, {first_x, rows.stride(0), b, nullptr, nullptr, Storage::f32},
-            {first_y, candidates.stride(0), m, nullptr, nullptr, Storage::f32}, factor, added == nullptr ? 0.0 : *added, false,
+            {first_y, candidates.stride(0), m, nullptr, nullptr, Storage::f32}, factor, added == nullptr ? 0.0 : *added,
             ids, ids == nullptr ? nullptr : ids + first, offsets, offsets == nullptr ? nullptr : offsets + first, nullptr, nullptr};
+}
+
+// What the matrix has of the scale, as a share of it. A logsumexp is a mean of logits and at most log M beside it, so that
+// it grows with the scale: near 1,000 what rounding the scale does to it is more than what float32 does, and is undone here.
+double scale_in_matrix(double scale) { return scale == 0.0 ? 1.0 : rounded_scale(scale, nullptr) / scale; }
+
+// Numbers [size] times gain; nothing of None.
+std::optional<std::vector<double>> times(double gain, const py::object& given, const std::string& name, const Sizes& size) {
+    const auto* const numbers = block_or_null<const double>(given, name, size);
+    if (given.is_none()) return std::nullopt;
+    std::vector<double> found(numbers, numbers + size[0]);
+    for (double& number : found) number *= gain;
+    return found;
 }
 
 ShiftLimits shift_limits(const std::array<float, 4>& limits) { return {limits[0], limits[1], limits[2], limits[3]}; }
@@ -72,7 +86,8 @@ constexpr const char* kForward = R"(The forward of em3::contrastive_loss and em3
 x: [B, V], y: [M, V], M >= N, their rows in one piece each. scale: float64 []. bias: float64 [], or None for kind
 "infonce". apart: None where row i is column i, and then N = B; else N. item_ids: int64 [B], or [B + N] of rows and
 columns, or None. offset: [M], or [B + M] of rows and columns, or None. kind: "infonce", "sigmoid" or "sigmoid_positive".
-limits: TOP, LOW, LARGEST_LOGIT, LARGEST_SPREAD of the torch backend. Writes row [B] and col [N], None where not wanted.
+limits: TOP, LOW, LARGEST_LOGIT, LARGEST_SPREAD of the torch backend. Writes row [B] and col [N], float64, None where not
+wanted.
 isa: "" for the widest instruction set of this processor.)";
 
 void forward(const py::object& x, const py::object& y, const py::object& scale, const py::object& bias,
@@ -81,10 +96,14 @@ void forward(const py::object& x, const py::object& y, const py::object& scale, 
              const std::string& isa, const std::optional<std::int64_t>& apart) {
     const Isa path = resolve_isa(isa);
     const Contrast given = contrast(x, y, scale, bias, item_ids, offset, kind, apart);
-    float* const to_row = block_or_null<float>(row, "row", {given.B});
-    float* const to_col = block_or_null<float>(col, "col", {given.N});
+    auto* const to_row = block_or_null<double>(row, "row", {given.B});
+    auto* const to_col = block_or_null<double>(col, "col", {given.N});
     py::gil_scoped_release release;
     contrastive_loss_forward(given, shift_limits(limits), to_row, to_col, {nullptr, 0}, threads, path);
+    if (given.kind != ContrastKind::infonce) return;
+    const double gain = 1.0 / scale_in_matrix(given.scale);
+    for (std::int64_t i = 0; to_row != nullptr && i < given.B; ++i) to_row[i] *= gain;
+    for (std::int64_t j = 0; to_col != nullptr && j < given.N; ++j) to_col[j] *= gain;
 }
 
 constexpr const char* kBackward = R"(The backward of the same, on float32 CPU tensors.
@@ -108,15 +127,15 @@ void backward(const py::object& drow, const py::object& dcol, const py::object& 
         block_or_null<double>(dbias, "dbias", {}),
         block_or_null<float>(doffset, "doffset", {given.own ? given.M : given.B + given.M})};
     auto* const to_scale = block_or_null<double>(dscale, "dscale", {});
-    const auto *const of_row = block_or_null<const float>(row, "row", of_rows),
-               *const of_col = block_or_null<const float>(col, "col", of_cols);
+    const double gain = scale_in_matrix(given.scale);
+    const auto of_row = times(gain, row, "row", of_rows), of_col = times(gain, col, "col", of_cols);
     const auto *const from_row = block_or_null<const float>(drow, "drow", of_rows),
                *const from_col = block_or_null<const float>(dcol, "dcol", of_cols);
     py::gil_scoped_release release;
     if (to.dx != nullptr) std::fill(to.dx, to.dx + given.B * given.V, 0.0f);
     if (to.dy != nullptr) std::fill(to.dy, to.dy + given.M * given.V, 0.0f);
-    contrastive_loss_backward(given, shift_limits(limits), of_row, of_col, from_row, from_col, {nullptr, 0}, to, threads,
-                              path);
+    contrastive_loss_backward(given, shift_limits(limits), of_row ? of_row->data() : nullptr, of_col ? of_col->data() : nullptr,
+                              from_row, from_col, {nullptr, 0}, to, threads, path);
     if (to.dx != nullptr) {
         const double along = finish_gradients(given.x, 0, given.B, given.V, given.scale, to.dx, to.dx, threads, path);
         if (to_scale != nullptr) *to_scale = along;

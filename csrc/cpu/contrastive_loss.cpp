@@ -40,35 +40,34 @@ void check(const Contrast& given) {
 }
 
 // log(sums) + shifts to base 2 (null = the one shift) in the caller's order. False if one is not at least `lowest`.
-bool finish(const Arrangement& a, const Source& side, int64_t n, const Floats& sums, const float* shifts, float lowest,
-            bool base2, float* out) {
+bool finish(const Arrangement& a, const Source& side, int64_t n, const Floats& sums, const float* shifts, double lowest,
+            double* out) {
   bool good = true;
   for (int64_t i = 0; out != nullptr && i < n; ++i) {
-    const double log = std::log(static_cast<double>(sums.get()[i]));
-    const double value = log + (shifts == nullptr ? a.shift : shifts[i] / kLog2E);
+    const double value = std::log(static_cast<double>(sums.get()[i])) + (shifts == nullptr ? a.shift : shifts[i] / kLog2E);
     good = good && value >= lowest;
-    out[side.place(i)] = static_cast<float>(!base2 ? value : shifts == nullptr ? value * kLog2E : log * kLog2E + shifts[i]);
+    out[side.place(i)] = value;
   }
   return good;
 }
 
-bool at_least(float lowest, const float* of_rows, int64_t n, bool base2) {
-  const float least = base2 ? static_cast<float>(lowest * kLog2E) : lowest;
-  return of_rows == nullptr || std::all_of(of_rows, of_rows + n, [&](float value) { return value >= least; });
+bool at_least(double lowest, const double* of_rows, int64_t n) {
+  return of_rows == nullptr || std::all_of(of_rows, of_rows + n, [&](double value) { return value >= lowest; });
 }
 
 // What softmaxes() takes for a direction: its logsumexp to base 2 or, with one shift, the factor of the exponentials.
-// Where there is no gradient or no candidate, an infinite logsumexp makes every share of it 0.
-Floats factors(const Arrangement& a, const Source& side, int64_t n, const float* of_side, const Floats& gradient,
-               bool base2) {
-  Floats lse = Arrangement::arranged(side, of_side, n, kInfinity);
+// What float32 cuts off a logsumexp goes into the gradient to it, where it costs nothing for each logit. Where there is no
+// gradient or no candidate, an infinite logsumexp makes every share of it 0.
+Floats factors(const Arrangement& a, const Source& side, int64_t n, const double* of_side, const Floats& gradient) {
+  Floats found(side.places);
   for (int64_t i = 0; i < side.places; ++i) {
-    float& value = lse.get()[i];
-    if (value == -kInfinity) value = kInfinity;
-    const double log2 = base2 ? value : kLog2E * value;
-    value = static_cast<float>(a.sheet.one_shift ? gradient.get()[i] * std::exp(a.shift - log2 / kLog2E) : log2);
+    const double given = of_side == nullptr || i >= n ? kInfinity : of_side[side.place(i)];
+    const double lse = given == -kInfinity ? kInfinity : given, exact = lse * kLog2E;
+    float &to = gradient.get()[i], &value = found.get()[i];
+    value = static_cast<float>(a.sheet.one_shift ? to * std::exp(a.shift - lse) : exact);
+    if (!a.sheet.one_shift && std::isfinite(value)) to = static_cast<float>(to * std::exp2(value - exact));
   }
-  return lse;
+  return found;
 }
 
 // Each slot has sums of its own.
@@ -99,7 +98,7 @@ void join_slots(int slots, int64_t n, float* sums, float* maxima) {
 }
 
 // The sums of pairs' losses, in the caller's order.
-void copy_sums(const Source& side, int64_t n, const Floats& sums, float* out) {
+void copy_sums(const Source& side, int64_t n, const Floats& sums, double* out) {
   for (int64_t i = 0; out != nullptr && i < n; ++i) out[side.place(i)] = sums.get()[i];
 }
 
@@ -115,7 +114,7 @@ void write_offsets(const Contrast& given, const Sheet& sheet, const Floats& down
 
 }  // namespace
 
-void contrastive_loss_forward(const Contrast& given, const ShiftLimits& limits, float* row, float* col, const Kept& kept,
+void contrastive_loss_forward(const Contrast& given, const ShiftLimits& limits, double* row, double* col, const Kept& kept,
                               int threads, Isa isa) {
   check(given);
   const Arrangement a(given, limits, 1, threads, isa);
@@ -129,8 +128,8 @@ void contrastive_loss_forward(const Contrast& given, const ShiftLimits& limits, 
       copy_sums(sheet.x, given.B, row_sum, row);
       return copy_sums(sheet.y, given.N, col_sum, col);
     }
-    const bool rows_fit = finish(a, sheet.x, given.B, row_sum, nullptr, a.shift + limits.low, given.base2, row);
-    if (finish(a, sheet.y, given.N, col_sum, nullptr, a.shift + limits.low, given.base2, col) && rows_fit) return;
+    const bool rows_fit = finish(a, sheet.x, given.B, row_sum, nullptr, a.shift + limits.low, row);
+    if (finish(a, sheet.y, given.N, col_sum, nullptr, a.shift + limits.low, col) && rows_fit) return;
   }
   const Floats row_sum(slots * sheet.B), row_max(slots * sheet.B), col_sum(sheet.padded_M), col_max(sheet.padded_M);
   std::fill(row_max.get(), row_max.get() + slots * sheet.B, std::numeric_limits<float>::lowest());
@@ -139,11 +138,11 @@ void contrastive_loss_forward(const Contrast& given, const ShiftLimits& limits, 
   job.sheet.one_shift = false;
   run_forward(a, job);
   join_slots(slots, sheet.B, row_sum.get(), row_max.get());
-  finish(a, sheet.x, given.B, row_sum, row_max.get(), -kInfinity, given.base2, row);
-  finish(a, sheet.y, given.N, col_sum, col_max.get(), -kInfinity, given.base2, col);
+  finish(a, sheet.x, given.B, row_sum, row_max.get(), -kInfinity, row);
+  finish(a, sheet.y, given.N, col_sum, col_max.get(), -kInfinity, col);
 }
 
-void contrastive_loss_backward(const Contrast& given, const ShiftLimits& limits, const float* row, const float* col,
+void contrastive_loss_backward(const Contrast& given, const ShiftLimits& limits, const double* row, const double* col,
                                const float* drow, const float* dcol, const Kept& kept, const ContrastGradients& to,
                                int threads, Isa isa) {
   check(given);
@@ -151,9 +150,8 @@ void contrastive_loss_backward(const Contrast& given, const ShiftLimits& limits,
   Arrangement a(given, limits, 1 + need_x + need_y, threads, isa);
   Sheet& sheet = a.sheet;
   if (!sheet.sigmoid) {
-    const float lowest = a.shift + limits.low;
-    sheet.one_shift = sheet.one_shift && at_least(lowest, row, given.B, given.base2) &&
-                      at_least(lowest, col, given.N, given.base2);
+    const double lowest = a.shift + limits.low;
+    sheet.one_shift = sheet.one_shift && at_least(lowest, row, given.B) && at_least(lowest, col, given.N);
     if (row == nullptr) drow = nullptr;
     if (col == nullptr) dcol = nullptr;
   }
@@ -161,8 +159,8 @@ void contrastive_loss_backward(const Contrast& given, const ShiftLimits& limits,
   const Floats to_cols = Arrangement::arranged(sheet.y, dcol, given.N, 0.0f);
   Floats rows, cols;
   if (!sheet.sigmoid) {
-    rows = factors(a, sheet.x, given.B, row, to_rows, given.base2);
-    cols = factors(a, sheet.y, given.N, col, to_cols, given.base2);
+    rows = factors(a, sheet.x, given.B, row, to_rows);
+    cols = factors(a, sheet.y, given.N, col, to_cols);
   }
   const int slots = a.division.slots();
   const int64_t size_x = need_x ? sheet.B * sheet.V : 0;

@@ -36,7 +36,6 @@ struct Contrast {
   bool own;         // row i is column i: N = B, and the columns' ids and first offsets are the rows'
   Embeddings x, y;  // [B, V], [M, V]
   double scale, bias;
-  bool base2;  // logsumexps go out and come back as logarithms to base 2, as they are made: near 1,000 no digit is lost
   const std::int64_t *row_ids, *col_ids;  // [B], [N]; null = every row and column is an item of its own
   const float *down, *across;             // [B], [M], offsets of rows and columns as candidates; null = 0
   const std::int64_t* order;  // [B], what item_order() makes of the ids of an own batch; null = to be made
@@ -58,10 +57,12 @@ struct Kept {
   std::int64_t stride;
 };
 
-// Everything but the rows is float32 unless it says otherwise, outputs are contiguous and null where they are not wanted.
+// Everything but the rows is float32 unless it says otherwise, outputs are contiguous and null where they are not wanted. row
+// and col are in double precision: what float32 cuts off a logsumexp near 1,000 would be in all of its row's gradient. They are
+// those of the scale as the matrix has it, rounded_scale().
 // Beside them there are some numbers a row, and a tile and the rows that it meets a thread. `threads` is an upper bound; the
 // same inputs and bound give the same bits. Both throw std::invalid_argument for sizes they cannot serve.
-void contrastive_loss_forward(const Contrast& given, const ShiftLimits& limits, float* row, float* col, const Kept& kept,
+void contrastive_loss_forward(const Contrast& given, const ShiftLimits& limits, double* row, double* col, const Kept& kept,
                               int threads, Isa isa);
 
 // Those to x and y are added to what is there, which is part of the gradient too: of x before the scale, of y behind
@@ -76,7 +77,7 @@ struct ContrastGradients {
 
 // row and col as the forward wrote them, which the sigmoids do not need; one that is null has no gradient, nor has one
 // whose drow or dcol is null.
-void contrastive_loss_backward(const Contrast& given, const ShiftLimits& limits, const float* row, const float* col,
+void contrastive_loss_backward(const Contrast& given, const ShiftLimits& limits, const double* row, const double* col,
                                const float* drow, const float* dcol, const Kept& kept, const ContrastGradients& to,
                                int threads, Isa isa);
 

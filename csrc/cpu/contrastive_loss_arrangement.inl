@@ -80,7 +80,7 @@ struct Arrangement {
   Floats across, across_weight, down, down_weight;
   Sheet sheet{};
   float largest_offset = 0.0f;
-  float shift = 0.0f;  // of exponentials and weights together, to base e
+  double shift = 0.0;  // of exponentials and weights together, to base e
 
   Arrangement(const Contrast& given, const ShiftLimits& limits, int products, int threads, Isa isa)
       : table(kernels(isa)), division(given, table.panel, products, threads) {
@@ -106,9 +106,8 @@ struct Arrangement {
     const float bound = std::fabs(static_cast<float>(given.scale)) *
                         (given.longest != nullptr ? *given.longest : longest_product(given, threads, isa));
     sheet.one_shift = bound <= limits.largest_logit && spread <= limits.largest_spread;
-    shift = std::max(0.0f, bound - limits.top);
-    sheet.shift = shift * static_cast<float>(kLog2E);
-    shift += largest_offset;
+    sheet.shift = std::max(0.0f, bound - limits.top) * static_cast<float>(kLog2E);
+    shift = sheet.shift / kLog2E + largest_offset;
   }
 
   // Scratch of the calling thread: what both passes need and, in the backward, panels for the gradients.
@@ -116,8 +115,10 @@ struct Arrangement {
     Workspace space{};
     const int64_t width = round_up(sheet.V, table.panel);
     space.rows = std::max<int64_t>(1, std::min(table.tile_rows, division.longest_rows()));
-    // Wide rows take more of the cache than the sums over them, unless they are pairs.
-    const int64_t most = sheet.V > 256 && !sheet.pairs ? table.tile_cols / 2 : table.tile_cols;
+    // Wide rows take more of the cache than the sums over them, unless they are pairs; and what few half rows take in memory,
+    // a thread's tile with all columns would take once more.
+    const bool small = sheet.y.storage != Storage::f32 && sheet.M * sheet.V < (int64_t{1} << 19);
+    const int64_t most = (sheet.V > 256 && !sheet.pairs) || small ? table.tile_cols / 2 : table.tile_cols;
     space.cols = std::max(table.panel, std::min(most, division.longest_cols()));
     const int64_t rounded = sheet.pairs ? table.tile_rows * table.tile_stride / 2 : 0;
     const std::pair<float**, int64_t> parts[] = {

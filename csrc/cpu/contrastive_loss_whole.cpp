@@ -10,6 +10,7 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 #include "contrastive_loss_terms.h"
@@ -57,8 +58,8 @@ class Room {
   // The first `floats` have been read for the last time.
   void give_back(std::int64_t floats) {
 #if defined(__linux__)
-    constexpr std::size_t kPage = 1 << 16;  // or a part of that
-    if (mapped_ > 0) madvise(first_, size(floats) * sizeof(float) / kPage * kPage, MADV_DONTNEED);
+    static const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+    if (mapped_ > 0) madvise(first_, size(floats) * sizeof(float) / page * page, MADV_DONTNEED);
 #else
     (void)floats;
 #endif
@@ -77,7 +78,7 @@ class Room {
   }
 
  private:
-  static constexpr std::size_t kPages = std::size_t{1} << 19;  // fewer bytes are not worth a call of the system
+  static constexpr std::size_t kPages = std::size_t{1} << 18;  // fewer bytes are not worth a call of the system
   float* first_ = nullptr;
   std::size_t mapped_ = 0;
 };
@@ -110,7 +111,6 @@ struct Whole {
     contrast.y = {given.ids, V, B, given.negatives, of_ids(), given.storage};
     contrast.scale = given.scale;
     contrast.bias = given.bias;
-    contrast.base2 = !given.sigmoid;
     // Several positives of InfoNCE are candidates like any other row.
     const bool apart = given.duplicates == Duplicates::mask || (given.sigmoid && positive);
     contrast.row_ids = contrast.col_ids = apart ? given.item_ids : nullptr;
@@ -140,7 +140,7 @@ struct Whole {
     for (std::int64_t i = 0; i < B; ++i) {
       double& loss = state.losses[i];
       loss = given.sigmoid ? softplus(-positive(i)) : 0.0;
-      for (const float* others : {state.row, state.col}) {
+      for (const double* others : {state.row, state.col}) {
         if (others == nullptr) continue;
         loss += (given.sigmoid ? others[i] : softplus(margin(others, i))) / ways();
       }
@@ -212,7 +212,7 @@ struct Whole {
   }
 
   // The logsumexp over the others less the positive's logit.
-  double margin(const float* others, std::int64_t i) const { return others[i] * 0.6931471805599453 - positive(i); }
+  double margin(const double* others, std::int64_t i) const { return others[i] - positive(i); }
 
   double inverse_mass() const {
     double mass = 0.0;
@@ -226,7 +226,7 @@ struct Whole {
     return given.reduction == Reduction::mean ? total * inverse_mass() : total;
   }
 
-  void pass_on(const float* others, std::int64_t i, double share, Floats& gradient, Doubles& dpositive) const {
+  void pass_on(const double* others, std::int64_t i, double share, Floats& gradient, Doubles& dpositive) const {
     if (others == nullptr) return;
     const double slope = given.sigmoid ? share : share * sigmoid(margin(others, i));
     gradient[size(i)] = static_cast<float>(slope);
@@ -278,9 +278,9 @@ struct Whole {
 
 std::int64_t whole_state_size(const WholeContrast& given, bool keep) {
   const std::int64_t B = given.B, M = given.B + given.K;
-  const std::int64_t of_rows = (given.rows ? B : 0) + (given.cols ? B : 0) + (given.normalize ? B + M : 0) + 1;
+  const std::int64_t doubles = 2 * B + (by_item(given) ? B : 0) + (given.rows ? B : 0) + (given.cols ? B : 0);
   const std::int64_t logits = keep ? B * ((M + kKeptUnit - 1) / kKeptUnit * kKeptUnit) : 0;
-  return 2 * B + (by_item(given) ? B : 0) + (of_rows + logits + 1) / 2;
+  return doubles + (logits + (given.normalize ? B + M : 0) + 1 + 1) / 2;
 }
 
 WholeState whole_state(const WholeContrast& given, bool keep, double* memory) {
@@ -293,18 +293,18 @@ WholeState whole_state(const WholeContrast& given, bool keep, double* memory) {
     state.order = reinterpret_cast<std::int64_t*>(memory);
     memory += B;
   }
-  float* at = reinterpret_cast<float*>(memory);
-  const auto take = [&](bool wanted, std::int64_t n) {
-    float* const first = wanted ? at : nullptr;
+  const auto take = [](auto*& at, bool wanted, std::int64_t n) {
+    auto* const first = wanted ? at : nullptr;
     if (wanted) at += n;
     return first;
   };
+  state.row = take(memory, given.rows, B);
+  state.col = take(memory, given.cols, B);
+  float* at = reinterpret_cast<float*>(memory);
   const std::int64_t stride = (M + kKeptUnit - 1) / kKeptUnit * kKeptUnit;
-  state.kept = {take(keep, B * stride), stride};
-  state.row = take(given.rows, B);
-  state.col = take(given.cols, B);
-  state.inverse = take(given.normalize, B + M);
-  state.longest = take(true, 1);
+  state.kept = {take(at, keep, B * stride), stride};
+  state.inverse = take(at, given.normalize, B + M);
+  state.longest = take(at, true, 1);
   return state;
 }
 

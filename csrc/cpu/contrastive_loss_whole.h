@@ -34,7 +34,7 @@ struct WholeState {
   double* losses;       // [B], of the rows, without their weights
   double* similarity;   // [B], of the positives, times the scale
   std::int64_t* order;  // [B], of rows by their items; null where these make no difference
-  float *row, *col;     // [B], null where the direction is not asked for
+  double *row, *col;    // [B], null where the direction is not asked for
   float *inverse;       // lengths, [B] of content and [B + K] of the IDs and negatives; null unless they are normalised
   float* longest;       // one number, see longest_product()
   Kept kept;

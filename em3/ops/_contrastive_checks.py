@@ -41,21 +41,25 @@ def tensors(content: Tensor, ids_embedding: Tensor, item_ids: Tensor | None, log
         _checks.shape(item_ids, [b], "item_ids")
         if item_ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"item_ids: was {item_ids.dtype}, must be torch.int64 or torch.int32")
-    numbers = {"log_q": log_q, "weight": weight}
-    for name, tensor in numbers.items():
+    given: dict[str, Tensor | None] = {} if item_ids is None else {"item_ids": item_ids}
+    for name, tensor in (("log_q", log_q), ("weight", weight)):
         if tensor is not None:
             _checks.shape(tensor, [b], name)
-    for name, number in {"logit_scale": logit_scale, "logit_bias": logit_bias}.items():
+            given[name] = _floating(tensor, name)
+    for name, number in (("logit_scale", logit_scale), ("logit_bias", logit_bias)):
         if isinstance(number, Tensor):
             if number.numel() != 1:
                 raise ValueError(f"{name}: was {list(number.shape)}, must be a number or a tensor with one element")
-            numbers[name] = number
+            given[name] = _floating(number, name)
         elif not _checks.is_number(number) and not (number is None and name == "logit_bias"):
             raise ValueError(f"{name}: was {type(number).__name__}, must be a number or a tensor with one element")
-    for name, tensor in numbers.items():
-        if tensor is not None and not tensor.is_floating_point():
-            raise ValueError(f"{name}: was {tensor.dtype}, must be of a floating-point dtype")
-    _checks.same_device("content", content, numbers | {"item_ids": item_ids})
+    _checks.same_device("content", content, given)
+
+
+def _floating(tensor: Tensor, name: str) -> Tensor:
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name}: was {tensor.dtype}, must be of a floating-point dtype")
+    return tensor
 
 
 def log_probabilities(offset: Tensor | None) -> None:

@@ -75,12 +75,13 @@ def infonce(batch: Batch, scope: Scope, request: str) -> Tensor:
 
     With the positive's logit ``p_i``, ``logsumexp(p_i, n_i) - p_i = log(1 + exp(n_i - p_i))``. Here the positive cancels
     exactly, so that a loss of 1e-4 keeps its digits where logits are near 100. What other targets than the positive alone
-    add is linear in the logits: means over positives and over candidates, which take no matrix.
+    add is linear in the logits: means over positives and over candidates, which take no matrix. The positive comes first, so
+    that in the backward, where it comes last, its gradients are not there while the matrix's are made.
     """
+    positive = batch.positive()
     found = scope.sums(
         kinds.INFONCE, batch.x, batch.candidates, batch.scale, None, batch.masked, batch.offset, batch.asked, request
     )
-    positive = batch.positive()
     # At the threshold log(1 + e^40) is 40 in float64 too; the default of 20 is off by 2e-9.
     ways = [F.softplus(n - positive, threshold=40) for n, asked in zip(found, batch.asked, strict=True) if asked]
     loss = sum(ways[1:], ways[0]) / len(ways)
@@ -94,10 +95,10 @@ def sigmoid(batch: Batch, scope: Scope, request: str) -> Tensor:
     assert batch.bias is not None
     kind = kinds.SIGMOID_POSITIVE if batch.duplicates == "positive" else kinds.SIGMOID
     item_ids = None if batch.duplicates == "keep" else batch.item_ids
+    own = F.softplus(-(batch.positive() + batch.bias), threshold=40)  # first, as in infonce()
     found = scope.sums(
         kind, batch.x, batch.candidates, batch.scale, batch.bias, item_ids, batch.offset, batch.asked, request
     )
-    own = F.softplus(-(batch.positive() + batch.bias), threshold=40)
     ways = [others for others, asked in zip(found, batch.asked, strict=True) if asked]
     return own + sum(ways[1:], ways[0]) / len(ways)
 

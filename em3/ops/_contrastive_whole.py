@@ -53,7 +53,7 @@ def _chosen(content: Tensor, negatives: Tensor | None, item_ids: Tensor | None, 
     """By the widened embeddings, of which only the kind and the size are looked at."""
     b, v = content.shape
     m = b if negatives is None else b + negatives.shape[0]
-    x = content.detach() if content.dtype == torch.float32 else content.new_empty(1, dtype=torch.float32).expand(b, v)
+    x = content if content.dtype == torch.float32 else content.new_empty(1, dtype=torch.float32).expand(b, v)
     args = (x, x if m == b else x.new_empty(1).expand(m, v), x, item_ids, None, True, True)
     if options["kind"] == "sigmoid":
         return _contrastive_sigmoid.served(backend, *args)

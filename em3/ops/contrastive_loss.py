@@ -140,7 +140,7 @@ def contrastive_loss(content: Tensor, ids_embedding: Tensor, *, item_ids: Tensor
             content, ids_embedding, negatives, logit_scale, logit_bias, item_ids, log_q, weight, options, request
         )
         if found is not None:
-            return found.to(dtype)
+            return found
     batch = prepared(
         content, ids_embedding, item_ids, logit_scale, logit_bias, log_q, negatives, duplicates, direction, kind,
         label_smoothing, normalize,

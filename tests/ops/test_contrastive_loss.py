@@ -127,7 +127,7 @@ def test_memory_is_linear_in_the_batch(backend, v):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         op(backend)(**args)
     rows = sum(nbytes for address, nbytes in kept.items() if address not in {t.data_ptr() for t in oracle.leaves(args)})
-    assert rows <= b * (4 * 2 + 4 * 2 + 8 * 4) + 64  # two sums, two lengths, the loss, the positive, the item and its place
+    assert rows <= b * (8 * 2 + 4 * 2 + 8 * 4) + 64  # two sums, two lengths, the loss, the positive, the item and its place
 
 
 @pytest.mark.parametrize("backend", COMPILED)
@@ -276,6 +276,7 @@ def test_numbers_of_any_dtype_and_shape(backend, dtype, shape):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@oracle.poisoned()
 def test_nothing_to_contrast(backend, reduction):
     empty = oracle.convert(make(0, 4, reduction=reduction), torch.float32)
     out, *grads = oracle.run(op(backend), empty, 0)
@@ -458,11 +459,14 @@ def test_rows_whose_squares_are_no_float32(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_logits_in_the_thousands_keep_their_digits(backend):
+@pytest.mark.parametrize("operators", [False, True])
+def test_logits_in_the_thousands_keep_their_digits(backend, operators, monkeypatch):
     """Near 3,000 a float32 has steps of 2e-4: what loses one, between a positive and the others or on the way to the backward,
-    has lost 1e-4 of the gradient."""
+    has lost 1e-4 of the gradient. The scale to base 2 is no float32."""
+    if operators:  # as graphs and rings have them
+        monkeypatch.setattr(_contrastive_whole, "serves", lambda *args: False)
     args = make(300, 64, normalize=False)
-    args["logit_scale"] = torch.tensor(125.0).double().requires_grad_()
+    args["logit_scale"] = torch.tensor(125.25).double().requires_grad_()
     content = torch.autograd.grad(reference.contrastive_loss(**args), args["content"])[0]
     single = oracle.convert(args, torch.float32)
     got = torch.autograd.grad(op(backend)(**single), single["content"])[0]

@@ -48,12 +48,15 @@ def wins(x: Tensor, y: Tensor, scale: Tensor, item_ids: Tensor | None, offset: T
 def forward(x: Tensor, y: Tensor, scale: Tensor, item_ids: Tensor | None, offset: Tensor | None, rows: bool,
             cols: bool, apart: int | None = None, *, bias: Tensor | None = None, kind: str = "infonce",
             ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    row, col = empty(x.shape[0] if rows else 0), empty((x.shape[0] if apart is None else apart) if cols else 0)
+    row, col = (
+        torch.empty(count if asked else 0, dtype=torch.float64, device="cpu")
+        for count, asked in ((x.shape[0], rows), (x.shape[0] if apart is None else apart, cols))
+    )
     cpp.compiled().contrastive_loss_forward(
         *_inputs(x, y, scale, bias, item_ids, offset), kind, limits(), row if rows else None, col if cols else None,
         torch.get_num_threads(), cpp.isa, apart,
     )  # fmt: skip
-    return row.double(), col.double()
+    return row, col
 
 
 def backward(drow: Tensor | None, dcol: Tensor | None, x: Tensor, y: Tensor, scale: Tensor, item_ids: Tensor | None,
@@ -61,7 +64,7 @@ def backward(drow: Tensor | None, dcol: Tensor | None, x: Tensor, y: Tensor, sca
              ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     need_x, need_y, need_scale, need_offset = need
     given = (drow, dcol, x, y, scale, None, item_ids, offset, "infonce")
-    sums = (row.float() if row.numel() else None, col.float() if col.numel() else None)
+    sums = (row if row.numel() else None, col if col.numel() else None)
     dx, dy, dscale, _, doffset = gradients(*given, sums, [need_x, need_y, need_scale, False, need_offset], apart)
     return dx, dy, dscale, doffset
 
@@ -73,6 +76,8 @@ def gradients(drow: Tensor | None, dcol: Tensor | None, x: Tensor, y: Tensor, sc
     need_x, need_y, need_scale, need_bias, need_offset = need
     dx, dy = (_room(t, n) for t, n in ((x, need_x or need_scale), (y, need_y)))
     dscale, dbias = (_room(t, n, torch.float64) for t, n in ((scale, need_scale), (bias, need_bias)))
+    if dscale is not None and not x.shape[0]:
+        dscale.zero_()  # no rows, whose gradient the kernel would find it by
     doffset = _room(offset, need_offset)
     cpp.compiled().contrastive_loss_backward(
         drow, dcol, *_inputs(x, y, scale, bias, item_ids, offset), kind, limits(), *sums, dx, dy, dscale, dbias, doffset,
