@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
+from em3.files import written_by_us
+
 from . import end_to_end, machine, operations, overhead, page, patched, shapes, strategies, table
 from .measure import name_of
 from .operations import FULL, QUICK
 from .registry import OPERATIONS
-from .results_file import Results
+from .results_file import FILE, Results
 
 log = logging.getLogger("em3")
 SUITES = (*OPERATIONS, "strategies", "overhead", "end_to_end")
@@ -32,6 +34,7 @@ class Unit:
 
     name: str
     measure: Callable[[], list[dict[str, Any]]]
+    label: str | None = None  # of its shape
 
 
 def dtypes_of(device: str) -> tuple[torch.dtype, ...]:
@@ -46,13 +49,14 @@ def units(suites: Sequence[str], table_of_shapes: Path, device: str, quick: bool
     chosen = [shape for shape in every if shape.op in suites]
     effort = QUICK if quick else FULL
     found = [
-        Unit(f"{shape.op}: {shape.name}, {name_of(dtype)}", partial(operations.measured, shape, device, dtype, effort))
+        Unit(f"{shape.op}: {shape.name}, {name_of(dtype)}", partial(operations.measured, shape, device, dtype, effort),
+             shape.label)
         for dtype in dtypes_of(device) for shape in chosen
     ]  # fmt: skip
     if "strategies" in suites:
         found += [
             Unit(f"strategies: {shape.op}, {shape.name}, {name_of(dtype)}",
-                 partial(strategies.measured, shape, device, dtype, effort))
+                 partial(strategies.measured, shape, device, dtype, effort), shape.label)
             for dtype in dtypes_of(device) for shape in every if OPERATIONS[shape.op].by is not None
         ]  # fmt: skip
     if "overhead" in suites:
@@ -76,11 +80,17 @@ def run(suites: Sequence[str], table_of_shapes: Path, device: str, quick: bool, 
     Raises:
         ShapeError: the file of shapes is not right, or holds nothing that was asked for.
         ResultsError: the folder cannot be used.
+        LockedError: another run is at work in it.
         RunError: at the end, if parts could not be measured; ``resume`` tries them again.
     """
     todo = units(suites, table_of_shapes, device, quick)  # before the folder is made: the file of shapes may be wrong
     shapes.there_must_be(todo, table_of_shapes, suites, quick)
-    results = Results(out, machine.head(device, dtypes_of(device)), resume)
+    with written_by_us(out / FILE):  # else two runs would each write the file without the other's rows
+        return _run(todo, Results(out, machine.head(device, dtypes_of(device)) | {"quick": quick}, resume), out, progress)
+
+
+def _run(todo: Sequence[Unit], results: Results, out: Path, progress: Progress) -> Path:
+    results.must_be_of({unit.name: unit.label for unit in todo if unit.label is not None})
     failed = []
     try:
         for i, unit in enumerate(todo):

@@ -111,10 +111,11 @@ def identity(device: torch.device) -> str:
     release = ".".join(torch.__version__.split(".")[:2])
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {release}"
-    return f"{processor()}, {_instruction_set()}, torch {release}"
+    return f"{processor()}, {instruction_set()}, torch {release}"
 
 
-def _instruction_set() -> str:
+def instruction_set() -> str:
+    """Of the compiled kernels: the widest that this processor has, or the one that ``EM3_CPU_ISA`` forces."""
     from ..backends import cpp
     from ..env import extension
 

@@ -16,9 +16,11 @@ for package in ("yaml", "psutil", "matplotlib", "tqdm"):
     pytest.importorskip(package)
 
 import em3
+from em3.backends import cpp
 from em3.benchmarks import end_to_end, operations, overhead, page, patched, run, table
 from em3.benchmarks.operations import Effort
 from em3.cli import main
+from em3.files import written_by_us
 
 SHAPES = """
 lora_linear:
@@ -105,6 +107,28 @@ def test_what_was_measured_is_kept_and_gone_on_with(mine, tmp_path, swift, monke
     assert not re.search(r"<script|(src|href)=[\"'](?!data:|#)|@import|url\((?!#)", html)
     assert html.count("<svg") == 2  # time and memory of the sweep
     assert "contrastive_loss, tiny, over B in float32" in html
+
+
+def test_another_effort_and_another_shape_of_the_same_name_are_not_gone_on_with(mine, tmp_path, swift, monkeypatch):
+    monkeypatch.setattr(run.operations, "measured", lambda shape, *rest: [{"suite": "none", "label": shape.label}])
+    words = ["contrastive_loss", "--shapes", mine, "--out", tmp_path / "out", "--resume"]
+    bench(*words)
+    with pytest.raises(SystemExit, match="was measured with quick False, and this is True"):
+        bench(*words, "--quick")
+    mine.write_text(SHAPES.replace("B: 16", "B: 8"))
+    with pytest.raises(SystemExit, match="measured at B=16 V=8, and that shape is now B=8 V=8"):
+        bench(*words)
+
+
+def test_two_runs_in_one_folder_do_not_write_over_each_other(mine, tmp_path, swift):
+    words = ["contrastive_loss", "--shapes", mine, "--out", tmp_path / "out", "--resume"]
+    with written_by_us(tmp_path / "out" / "results.jsonl"), pytest.raises(SystemExit, match="is writing it; let it end"):
+        bench(*words)
+
+
+def test_a_forced_instruction_set_is_what_results_name(swift, monkeypatch):
+    monkeypatch.setattr(cpp, "isa", "avx2")
+    assert run.machine.head("cpu", ())["instruction_set"] in ("avx2", "no compiled kernels")
 
 
 def test_the_other_suites(tmp_path, swift, monkeypatch):
