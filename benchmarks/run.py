@@ -97,7 +97,7 @@ def _run(todo: Sequence[Unit], results: Results, out: Path, progress: Progress) 
             if not results.has(unit.name):
                 try:
                     results.add(unit.name, unit.measure())
-                except (RuntimeError, MemoryError) as error:  # mostly of memory, for the inputs or the truth
+                except Exception as error:  # mostly of memory, for the inputs or the truth; also of a process of its own
                     failed.append(unit.name)
                     log.warning("%s: not measured: %s", unit.name, " ".join(str(error).split()))
                 table.write(out, results.head, results.rows)

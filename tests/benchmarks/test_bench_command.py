@@ -182,17 +182,23 @@ def test_all_of_a_batch_goes_to_the_device():
     assert batch.history_age is None
 
 
-def test_what_cannot_be_measured_stops_nothing_else(mine, tmp_path, swift, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(RuntimeError("CUDA out of memory:\nTried"), "CUDA out of memory: Tried"),
+     (subprocess.CalledProcessError(1, "python"), "Command 'python' returned non-zero exit status 1."),
+     (TypeError("Overflow"), "Overflow")],
+)  # fmt: skip
+def test_what_cannot_be_measured_stops_nothing_else(error, told, mine, tmp_path, swift, monkeypatch, caplog):
     honest = operations.measured
     monkeypatch.setattr(run.operations, "measured", lambda shape, *rest: honest(shape, *rest) if shape.name == "tiny" else too_large())
     monkeypatch.setattr(operations.memory, "peak", lambda *about: {"peak": 1, "inputs": 1, "results": 1})
 
     def too_large():
-        raise RuntimeError("CUDA out of memory:\nTried")
+        raise error
 
     with pytest.raises(SystemExit, match=r"1 of 2 parts could not be measured, the others are in .*: lora_linear: a"):
         bench("lora_linear", "contrastive_loss", "--shapes", mine, "--quick", "--out", tmp_path / "out")
-    assert "not measured: CUDA out of memory: Tried" in caplog.text
+    assert f"not measured: {told}" in caplog.text
     assert "tiny: B=16" in (tmp_path / "out" / "report.html").read_text()
 
 
@@ -209,6 +215,7 @@ def test_memory_of_a_step_counts_what_em3_adds():
         (["--shapes", "/nonexistent.yaml"], "/nonexistent.yaml"),
         (["--device", "cuda:7"], "--device: was cuda:7"),
         (["--device", "tpu"], "--device: was tpu"),
+        (["compare", "HEAD", "--resume"], "--resume: bench compare measures anew each time"),
     ],
 )
 def test_complaints(words, complaint, tmp_path):
@@ -247,6 +254,20 @@ def test_a_machine_with_a_gpu_is_measured_on_both(mine, tmp_path, monkeypatch):
     bench("--shapes", mine, "--out", tmp_path / "both")
     bench("--shapes", mine, "--out", tmp_path / "one", "--device", "cuda:0")
     assert asked == [("cpu", tmp_path / "both" / "cpu"), ("cuda", tmp_path / "both" / "cuda"), ("cuda:0", tmp_path / "one")]
+
+
+def test_a_device_on_which_parts_fail_does_not_stop_the_other(mine, tmp_path, monkeypatch):
+    asked = []
+
+    def failing(suites, table_of_shapes, device, *rest):
+        asked.append(device)
+        raise run.RunError(f"1 of 2 parts could not be measured on {device}")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(run, "run", failing)
+    with pytest.raises(SystemExit, match=r"measured on cpu\nem3: 1 of 2 parts could not be measured on cuda"):
+        bench("--shapes", mine, "--out", tmp_path)
+    assert asked == ["cpu", "cuda"]
 
 
 def test_a_plot_where_a_form_ran_out_of_memory(tmp_path):
