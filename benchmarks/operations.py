@@ -14,7 +14,7 @@ from em3 import tuning
 from em3.tuning import table
 
 from . import measure, memory
-from .forms import Call, Form, Inputs, Operation, leaves
+from .forms import Call, Form, Inputs, Operation, counted, leaves
 from .registry import OPERATIONS
 from .shapes import Shape
 
@@ -63,10 +63,11 @@ def measured(shape: Shape, device: str, dtype: torch.dtype, effort: Effort) -> l
         rows[name] |= {"seconds": measure.quantiles(of_form), "rounds": len(of_form)}
     about = {"suite": "operations", "op": shape.op, "shape": shape.name, "label": shape.label, "dims": shape.dims,
              "source": shape.source, "sweep": shape.sweep, "device": device, "dtype": measure.name_of(dtype)}  # fmt: skip
-    work = {form.name: form.work(shape.dims) for form in forms}
+    dims = counted(shape.dims, inputs)
+    work = {form.name: form.work(dims) for form in forms}
     if operation.by is not None:  # em3's own arithmetic is the plain form's where that is what it chooses
         chosen = dict(zip(("em3", "em3 torch"), choice(operation, inputs), strict=True))
-        work |= {name: operation.plain_work(shape.dims) for name, strategy in chosen.items() if strategy == PROJECT}
+        work |= {name: operation.plain_work(dims) for name, strategy in chosen.items() if strategy == PROJECT}
     return [about | {"form": form.name, "work": work[form.name]._asdict()} | rows[form.name] for form in forms]
 
 

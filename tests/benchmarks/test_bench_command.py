@@ -279,10 +279,13 @@ def test_a_plot_where_a_form_ran_out_of_memory(tmp_path):
             if (form, at) != ("plain", 32) else {"status": "out of memory", "reason": "needs more"})}
         for at in (16, 32) for form in ("em3", "plain")
     ]  # fmt: skip
+    rows += [rows[0] | {"sweep": {}}, rows[0] | {"sweep": {}, "form": "peer", "without": ["logit_scale"]}]
     head = {"date": "then", "device": "<a machine>", "threads": 2, "instruction_set": "avx2", "torch": "2", "em3": "0",
             "environment": "", "ceilings": {"copy": 1e10, "products": {"float32": 1e11}}}  # fmt: skip
     html = page.write(tmp_path, head, rows).read_text()
     assert html.count("<svg") == 2
     assert "&lt;a machine&gt;" in html
     assert "<a machine>" not in html
-    assert Path(table.write(tmp_path, head, rows)).read_text().startswith("# Measured by `em3 bench`")
+    markdown = Path(table.write(tmp_path, head, rows)).read_text()
+    assert markdown.startswith("# Measured by `em3 bench`")
+    assert "| peer, without the gradient of logit_scale | " in markdown
