@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 
 from em3.files import written_by_us
 
-from . import end_to_end, machine, operations, overhead, page, patched, shapes, strategies, table
+from . import end_to_end, machine, memory, operations, overhead, page, patched, shapes, strategies, table
 from .measure import name_of
 from .operations import FULL, QUICK
 from .registry import OPERATIONS
@@ -86,17 +87,20 @@ def run(suites: Sequence[str], table_of_shapes: Path, device: str, quick: bool, 
     todo = units(suites, table_of_shapes, device, quick)  # before the folder is made: the file of shapes may be wrong
     shapes.there_must_be(todo, table_of_shapes, suites, quick)
     with written_by_us(out / FILE):  # else two runs would each write the file without the other's rows
-        return _run(todo, Results(out, machine.head(device, dtypes_of(device)) | {"quick": quick}, resume), out, progress)
+        return _run(todo, Results(out, machine.head(device, dtypes_of(device)) | {"quick": quick}, resume), device, out, progress)
 
 
-def _run(todo: Sequence[Unit], results: Results, out: Path, progress: Progress) -> Path:
+def _run(todo: Sequence[Unit], results: Results, device: str, out: Path, progress: Progress) -> Path:
+    on_cpu = torch.device(device).type == "cpu"
     results.must_be_of({unit.name: unit.label for unit in todo if unit.label is not None})
     failed = []
     try:
         for i, unit in enumerate(todo):
             if not results.has(unit.name):
                 try:
-                    results.add(unit.name, unit.measure())
+                    with memory.bounded() if on_cpu else contextlib.nullcontext():
+                        rows = unit.measure()
+                    results.add(unit.name, rows)
                 except Exception as error:  # mostly of memory, for the inputs or the truth; also of a process of its own
                     failed.append(unit.name)
                     log.warning("%s: not measured: %s", unit.name, " ".join(str(error).split()))

@@ -182,24 +182,33 @@ def test_all_of_a_batch_goes_to_the_device():
     assert batch.history_age is None
 
 
-@pytest.mark.parametrize(
-    ("error", "told"),
-    [(RuntimeError("CUDA out of memory:\nTried"), "CUDA out of memory: Tried"),
-     (subprocess.CalledProcessError(1, "python"), "Command 'python' returned non-zero exit status 1."),
-     (TypeError("Overflow"), "Overflow")],
-)  # fmt: skip
-def test_what_cannot_be_measured_stops_nothing_else(error, told, mine, tmp_path, swift, monkeypatch, caplog):
+def test_what_cannot_be_measured_stops_nothing_else(mine, tmp_path, swift, monkeypatch, caplog):
     honest = operations.measured
     monkeypatch.setattr(run.operations, "measured", lambda shape, *rest: honest(shape, *rest) if shape.name == "tiny" else too_large())
     monkeypatch.setattr(operations.memory, "peak", lambda *about: {"peak": 1, "inputs": 1, "results": 1})
 
     def too_large():
-        raise error
+        raise RuntimeError("CUDA out of memory:\nTried")
 
     with pytest.raises(SystemExit, match=r"1 of 2 parts could not be measured, the others are in .*: lora_linear: a"):
         bench("lora_linear", "contrastive_loss", "--shapes", mine, "--quick", "--out", tmp_path / "out")
-    assert f"not measured: {told}" in caplog.text
+    assert "not measured: CUDA out of memory: Tried" in caplog.text
     assert "tiny: B=16" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("error", [subprocess.CalledProcessError(1, "python"), TypeError("overflow"), MemoryError("no more")])
+def test_a_part_may_fail_in_any_way(error, mine, tmp_path, swift, monkeypatch, caplog):
+    """Such as in a process of its own, or at a shape beyond 64 bits."""
+
+    def fail():
+        raise error
+
+    todo = [run.Unit("one", fail), run.Unit("two", lambda: [{"suite": "none"}])]
+    monkeypatch.setattr(run, "units", lambda *of: todo)
+    with pytest.raises(SystemExit, match=r"1 of 2 parts could not be measured, the others are in .*: one"):
+        bench("--shapes", mine, "--device", "cpu", "--out", tmp_path / "out")
+    assert f"one: not measured: {error}" in caplog.text
+    assert '"unit": "two"' in (tmp_path / "out" / "results.jsonl").read_text()
 
 
 def test_memory_of_a_step_counts_what_em3_adds():

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import resource
 
 import pytest
 import torch
 
 for package in ("yaml", "psutil"):
     pytest.importorskip(package)
+
+import psutil
 
 from em3.benchmarks import measure, memory, operations, registry
 from em3.benchmarks.forms import Call, Form, leaves
@@ -104,6 +107,27 @@ def test_peak_memory_of_a_process_of_its_own():
 def test_a_form_that_does_not_fit_is_out_of_memory():
     with pytest.raises(memory.OutOfMemory, match="needs more memory than the"):
         memory.peak("contrastive_loss", {"B": 2**20, "V": 4}, "plain", "cpu", "float32", 1)
+
+
+def test_what_does_not_fit_fails_instead_of_taking_the_process_along():
+    """The inputs and the truth in float64 are made in the run's own process."""
+    beyond = psutil.virtual_memory().available - memory.SPARE // 2
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    with memory.bounded(), pytest.raises(RuntimeError, match=r"allocate memory|not enough memory"):
+        torch.empty(beyond, dtype=torch.uint8)
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
+
+
+def test_a_form_that_fails_on_a_gpu_in_any_way_costs_only_its_own_row(monkeypatch):
+    """There its memory is measured in the run's own process."""
+
+    def broken(about):
+        raise KeyError("no such kernel")
+
+    monkeypatch.setattr(memory, "_measure", broken)
+    form = Form("broken", wrong, registry.OPERATIONS["contrastive_loss"].plain_work)
+    row = operations._needs(form, SHAPE, "cuda", torch.float32)
+    assert row == {"status": "failed", "reason": "KeyError: 'no such kernel'"}
 
 
 def test_times_are_of_both_directions_and_in_turns():
