@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -113,14 +114,16 @@ def errors(got: dict[str, Tensor], want: dict[str, Tensor]) -> dict[str, float]:
     """``||got - want|| / ||want||`` of the output and of each gradient that the form has (docs/design.md, Numerics).
 
     A gradient that is zero by mathematics is held against a third of the largest one, one without dimensions against
-    four times it: its sum may cancel.
+    four times it: its sum may cancel. Where there is nothing to hold it against, as in a contrast of one row, the
+    difference counts as it is. NaN is infinitely far off: it compares as less than any error.
     """
     largest = max(float(w.norm()) for name, w in want.items() if name != "output")
     found = {}
     for name, value in got.items():
         true = want[name]
         floor = 0.0 if name == "output" else largest / 3 if true.dim() else 4 * largest
-        found[name] = float((value.double() - true).norm()) / max(float(true.norm()), floor)
+        off = float((value.double() - true).norm()) / (max(float(true.norm()), floor) or 1.0)
+        found[name] = math.inf if math.isnan(off) else off
     return found
 
 

@@ -6,11 +6,12 @@ free when it began: a form that does not fit fails there instead of taking the m
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ def peak(op: str, dims: Dims, form: str, device: str, dtype: str, threads: int) 
             return _measure(about)
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(f"needs more memory than {torch.cuda.get_device_name(device)} has") from error
+        except Exception as error:  # of another package, of any kind, as from the other process below
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
     words = [sys.executable, "-m", "em3.benchmarks.memory", json.dumps(about)]
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode == 0:
@@ -85,6 +88,22 @@ def _measure(about: dict[str, Any]) -> dict[str, float | None]:
     return {"peak": raised_by(lambda: run(call)), **sizes}
 
 
+@contextlib.contextmanager
+def bounded() -> Iterator[None]:
+    """What runs inside may take no more than what is free when it begins: where that does not do, it fails there, instead
+    of being killed by the system. On what is allocated, not on addresses, of which torch reserves many more than it uses."""
+    if not STATUS.exists():
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    free = max(0, psutil.virtual_memory().available - SPARE)
+    resource.setrlimit(resource.RLIMIT_DATA, (_mark("VmData") + free, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
 def raised_by(call: Callable[[], object]) -> int | None:
     """Bytes by which a call raises this process's memory at its highest; None where the system does not tell."""
     trim()
@@ -98,12 +117,10 @@ def raised_by(call: Callable[[], object]) -> int | None:
 
 
 def _mark(name: str) -> int:
-    """VmRSS or VmHWM of this process in bytes."""
+    """VmRSS, VmHWM or VmData of this process in bytes."""
     return next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith(name)) * 1024
 
 
 if __name__ == "__main__":
-    # On what is allocated, not on addresses, of which torch reserves many more than it uses.
-    ceiling = psutil.virtual_memory().available - SPARE
-    resource.setrlimit(resource.RLIMIT_DATA, (ceiling, resource.RLIM_INFINITY))
-    print(json.dumps(_measure(json.loads(sys.argv[1]))))
+    with bounded():
+        print(json.dumps(_measure(json.loads(sys.argv[1]))))

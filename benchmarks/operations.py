@@ -14,7 +14,7 @@ from em3 import tuning
 from em3.tuning import table
 
 from . import measure, memory
-from .forms import Call, Form, Inputs, Operation, leaves
+from .forms import Call, Form, Inputs, Operation, counted, leaves
 from .registry import OPERATIONS
 from .shapes import Shape
 
@@ -63,10 +63,11 @@ def measured(shape: Shape, device: str, dtype: torch.dtype, effort: Effort) -> l
         rows[name] |= {"seconds": measure.quantiles(of_form), "rounds": len(of_form)}
     about = {"suite": "operations", "op": shape.op, "shape": shape.name, "label": shape.label, "dims": shape.dims,
              "source": shape.source, "sweep": shape.sweep, "device": device, "dtype": measure.name_of(dtype)}  # fmt: skip
-    work = {form.name: form.work(shape.dims) for form in forms}
+    dims = counted(shape.dims, inputs)
+    work = {form.name: form.work(dims) for form in forms}
     if operation.by is not None:  # em3's own arithmetic is the plain form's where that is what it chooses
         chosen = dict(zip(("em3", "em3 torch"), choice(operation, inputs), strict=True))
-        work |= {name: operation.plain_work(shape.dims) for name, strategy in chosen.items() if strategy == PROJECT}
+        work |= {name: operation.plain_work(dims) for name, strategy in chosen.items() if strategy == PROJECT}
     return [about | {"form": form.name, "work": work[form.name]._asdict()} | rows[form.name] for form in forms]
 
 
@@ -109,9 +110,18 @@ def _needs(form: Form, shape: Shape, device: str, dtype: torch.dtype) -> dict[st
 
 
 def limit_of(dtype: torch.dtype, plain: dict[str, Any]) -> float:
-    """Of the error: ten times the usual for the plain form itself, twice its own for the others where that is more."""
+    """Of the error: ten times the usual for the plain form itself, twice its own for the others where that is more; a plain
+    form that is wrong is no measure of them."""
     usual = measure.limit(dtype)
+    if plain.get("status") == "wrong":
+        return usual
     return max(usual, 2 * plain["error"]) if "error" in plain else 10 * usual
+
+
+def limit_beside(operation: Operation, inputs: Inputs, grad: Tensor | None, want: dict[str, Tensor], dtype: torch.dtype) -> float:
+    """The limit of an operation's other forms, by the plain form's error on these inputs."""
+    plain = Form("plain", operation.plain, operation.plain_work)
+    return limit_of(dtype, same_function(plain, inputs, grad, want, limit_of(dtype, {}), {}))
 
 
 def same_function(form: Form, inputs: Inputs, grad: Tensor | None, want: dict[str, Tensor], limit: float,
@@ -125,6 +135,6 @@ def same_function(form: Form, inputs: Inputs, grad: Tensor | None, want: dict[st
     worst = max(errors, key=lambda name: errors[name])
     if not errors[worst] <= limit:
         reason = f"{worst} is off by {errors[worst]:.1e} from float64, more than {limit:.1e}"
-        return {"status": "wrong", "reason": reason, "error": errors[worst]}
+        return {"status": "wrong", "reason": reason}
     calls[form.name] = call
     return {"error": errors[worst], "error_of": worst, "without": sorted(want.keys() - errors.keys())}

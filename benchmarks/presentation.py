@@ -47,12 +47,14 @@ def _of_operation(op: str, dtype: str, head: Head, rows: Sequence[Row]) -> Table
         ours = next(row for row in forms if row["form"] == "em3")
         for i, row in enumerate(forms):
             name = f"{row['shape']}: {row['label']}" if i == 0 else ""
+            without = row.get("without")
+            form = f"{row['form']}, without the gradient of {' and '.join(without)}" if without else row["form"]
             if "seconds" not in row:
-                lines.append((name, row["form"], f"{row['status']}{_because(row)}", *[""] * 7))
+                lines.append((name, form, f"{row['status']}{_because(row)}", *[""] * 7))
                 continue
             times = [_milliseconds(row["seconds"][part]) for part in ("forward", "backward", "both")]
             flops, size = work(row)
-            lines.append((name, row["form"], *times, _ratio(row, ours), f"{_short(flops / 1e9)}, {_short(size / 1e6)}",
+            lines.append((name, form, *times, _ratio(row, ours), f"{_short(flops / 1e9)}, {_short(size / 1e6)}",
                           f"{share(row, head):.0%}", _memory(row), f"{row['error']:.0e}"))  # fmt: skip
     return Table(f"{op}, {dtype}", " ".join((OPERATIONS[op].our_work.__doc__ or "").split()), columns, lines)
 
@@ -189,7 +191,8 @@ HOW = (
     "recorded. em3 is what a call without further words gets, em3 NAME one backend; plain is PyTorch as a user would "
     "write it, compile torch.compile of that; flex and varlen are PyTorch's FlexAttention and varlen attention, loop and "
     "blocks what a user would write to save memory, the others packages. GFLOP, MB: what forward and backward must compute, "
-    "and read or write, in that form (the formulas stand with each operation in em3/benchmarks). Of the limit: the least "
+    "and read or write, in that form (the formulas stand with each operation in em3/benchmarks), for the tokens that there "
+    "are, not for padding. Of the limit: the least "
     "time that this could take here, as a share of its median. Peak memory of one forward and backward in a process of its "
     "own, above the inputs. Error: the largest relative one, of the output and all gradients, against float64; a form "
     "that computes something else gets no time."

@@ -10,7 +10,7 @@ from em3.files import atomic
 
 FILE = "results.jsonl"
 # What must be the same for a run to be gone on with.
-SAME = ("device", "threads", "instruction_set", "torch", "em3", "dtypes")
+SAME = ("device", "threads", "instruction_set", "torch", "em3", "sources", "dtypes", "quick")
 
 
 class ResultsError(ValueError):
@@ -26,7 +26,7 @@ class Results:
         resume: whether to go on with what the folder holds.
 
     Raises:
-        ResultsError: the folder holds results and ``resume`` is not set, or they were measured otherwise.
+        ResultsError: the folder holds results and ``resume`` is not set, they were measured otherwise, or are damaged.
     """
 
     def __init__(self, folder: Path, head: dict[str, Any], resume: bool) -> None:
@@ -40,9 +40,18 @@ class Results:
             raise ResultsError(f"--out: {folder} holds results; go on with them by --resume, or name another folder")
         before, self.rows = read(self.path)
         for key in SAME:
-            if before[key] != head[key]:
-                raise ResultsError(f"--resume: {self.path} was measured with {key} {before[key]}, and this is {head[key]}")
+            if before.get(key) != head[key]:
+                raise ResultsError(f"--resume: {self.path} was measured with {key} {before.get(key)}, and this is {head[key]}; "
+                                   "name another folder")  # fmt: skip
         self.head = before
+
+    def must_be_of(self, labels: dict[str, str]) -> None:
+        """Raises ResultsError if a unit was measured at another shape of the same name than the labels give it."""
+        for row in self.rows:
+            label = labels.get(row["unit"], row.get("label"))
+            if row.get("label") != label:
+                raise ResultsError(f"--resume: {self.path} holds {row['unit']!r} measured at {row['label']}, and that shape is now "
+                                   f"{label}; give it another name, or name another folder")  # fmt: skip
 
     def has(self, unit: str) -> bool:
         return any(row["unit"] == unit for row in self.rows)
@@ -62,8 +71,15 @@ def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     Raises:
         ResultsError: it holds something else.
     """
+    found: list[dict[str, Any]] = []
+    number = 1
     try:
-        head, *rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            found.append(json.loads(line))
+            if not isinstance(found[-1], dict) or ("unit" if number > 1 else "ceilings") not in found[-1]:
+                raise ValueError("it is of another kind")
+        head, *rows = found
     except ValueError as error:
-        raise ResultsError(f"{path}: does not hold results of `em3 bench` ({error})") from None
+        raise ResultsError(f"{path}: does not hold results of `em3 bench`, or is damaged (line {number}: {error}); take out the "
+                           "damaged line with all rows of its unit, or name another folder") from None  # fmt: skip
     return head, rows

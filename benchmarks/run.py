@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,11 +12,13 @@ from typing import Any
 
 import torch
 
-from . import end_to_end, machine, operations, overhead, page, patched, shapes, strategies, table
+from em3.files import written_by_us
+
+from . import end_to_end, machine, memory, operations, overhead, page, patched, shapes, strategies, table
 from .measure import name_of
 from .operations import FULL, QUICK
 from .registry import OPERATIONS
-from .results_file import Results
+from .results_file import FILE, Results
 
 log = logging.getLogger("em3")
 SUITES = (*OPERATIONS, "strategies", "overhead", "end_to_end")
@@ -32,6 +35,7 @@ class Unit:
 
     name: str
     measure: Callable[[], list[dict[str, Any]]]
+    label: str | None = None  # of its shape
 
 
 def dtypes_of(device: str) -> tuple[torch.dtype, ...]:
@@ -46,13 +50,14 @@ def units(suites: Sequence[str], table_of_shapes: Path, device: str, quick: bool
     chosen = [shape for shape in every if shape.op in suites]
     effort = QUICK if quick else FULL
     found = [
-        Unit(f"{shape.op}: {shape.name}, {name_of(dtype)}", partial(operations.measured, shape, device, dtype, effort))
+        Unit(f"{shape.op}: {shape.name}, {name_of(dtype)}", partial(operations.measured, shape, device, dtype, effort),
+             shape.label)
         for dtype in dtypes_of(device) for shape in chosen
     ]  # fmt: skip
     if "strategies" in suites:
         found += [
             Unit(f"strategies: {shape.op}, {shape.name}, {name_of(dtype)}",
-                 partial(strategies.measured, shape, device, dtype, effort))
+                 partial(strategies.measured, shape, device, dtype, effort), shape.label)
             for dtype in dtypes_of(device) for shape in every if OPERATIONS[shape.op].by is not None
         ]  # fmt: skip
     if "overhead" in suites:
@@ -76,18 +81,27 @@ def run(suites: Sequence[str], table_of_shapes: Path, device: str, quick: bool, 
     Raises:
         ShapeError: the file of shapes is not right, or holds nothing that was asked for.
         ResultsError: the folder cannot be used.
+        LockedError: another run is at work in it.
         RunError: at the end, if parts could not be measured; ``resume`` tries them again.
     """
     todo = units(suites, table_of_shapes, device, quick)  # before the folder is made: the file of shapes may be wrong
     shapes.there_must_be(todo, table_of_shapes, suites, quick)
-    results = Results(out, machine.head(device, dtypes_of(device)), resume)
+    with written_by_us(out / FILE):  # else two runs would each write the file without the other's rows
+        return _run(todo, Results(out, machine.head(device, dtypes_of(device)) | {"quick": quick}, resume), device, out, progress)
+
+
+def _run(todo: Sequence[Unit], results: Results, device: str, out: Path, progress: Progress) -> Path:
+    on_cpu = torch.device(device).type == "cpu"
+    results.must_be_of({unit.name: unit.label for unit in todo if unit.label is not None})
     failed = []
     try:
         for i, unit in enumerate(todo):
             if not results.has(unit.name):
                 try:
-                    results.add(unit.name, unit.measure())
-                except (RuntimeError, MemoryError) as error:  # mostly of memory, for the inputs or the truth
+                    with memory.bounded() if on_cpu else contextlib.nullcontext():
+                        rows = unit.measure()
+                    results.add(unit.name, rows)
+                except Exception as error:  # mostly of memory, for the inputs or the truth; also of a process of its own
                     failed.append(unit.name)
                     log.warning("%s: not measured: %s", unit.name, " ".join(str(error).split()))
                 table.write(out, results.head, results.rows)

@@ -6,6 +6,7 @@
 #          pybind11 for the build; em3 is installed there, editable
 # OUT      folder for tests.txt and for the results in quick/ and full/
 # BUDGET   540 by default
+# GRACE    seconds that a command has to write what it has when its time is up, 20 by default
 # RESUME   1 to go on with the results in OUT
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -24,8 +25,11 @@ step() { printf '\n== %s (%d s)\n' "$*" "$SECONDS"; }
 within() {
     local left=$((budget - SECONDS)) status=0
     ((left > 5)) || { echo "no time is left for it"; return 0; }
-    timeout --signal INT --kill-after 20 "$((left < $1 ? left : $1))" "${@:2}" || status=$?
-    ((status == 124)) || return "$status"
+    local most=$((left < $1 ? left : $1))
+    local until=$((SECONDS + most))
+    timeout --signal INT --kill-after "${GRACE:-20}" "$most" "${@:2}" || status=$?
+    # 137: it did not heed Ctrl-C and was killed.
+    ((status == 124 || (status == 137 && SECONDS >= until))) || return "$status"
     echo "stopped when the time was up"
 }
 

@@ -44,6 +44,17 @@ class Shape:
         return " ".join(str(value) if key in WORDS else f"{key}={value}" for key, value in shown)
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML would keep the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} was given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def load(path: Path = TABLE) -> list[Shape]:
     """The shapes of a file, then the points of its sweeps.
 
@@ -51,8 +62,8 @@ def load(path: Path = TABLE) -> list[Shape]:
         ShapeError: unreadable YAML, an unknown or missing key, a value of the wrong kind, a name given twice.
     """
     try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = yaml.load(path.read_text(), _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no text, or a date that there is not
         raise ShapeError(f"{path}: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ShapeError(f"{path}: was {type(content).__name__}, must be operations, each with a list of shapes")
@@ -94,9 +105,14 @@ def _shape(op: str, entry: dict[str, Any], where: str, file: str) -> Shape:
     missing = [key for key in ("name", *needed) if key not in entry]
     if missing:
         raise ShapeError(f"{where}: {missing[0]} was not given")
+    if type(entry.get("quick", False)) is not bool:
+        raise ShapeError(f"{where}: quick: was {entry['quick']!r}, must be true or false")
+    for key in ("name", "from"):
+        if not isinstance(entry.get(key, ""), (str, int, float)) or "\n" in str(entry.get(key)):
+            raise ShapeError(f"{' '.join(where.split())}: {key}: was {entry[key]!r}, must be a line of text")
     dims = {key: entry.get(key, usual.get(key)) for key in (*needed, *usual)}
     _check(op, dims, where)
-    return Shape(op, str(entry["name"]), dims, str(entry.get("from", file)), bool(entry.get("quick", False)))
+    return Shape(op, str(entry["name"]), dims, str(entry.get("from", file)), entry.get("quick", False))
 
 
 def _check(op: str, dims: dict[str, Any], where: str) -> None:

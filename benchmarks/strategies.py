@@ -33,11 +33,10 @@ def measured(shape: Shape, device: str, dtype: torch.dtype, effort: Effort) -> l
 def _compared(operation: Operation, inputs: Inputs, device: str, dtype: torch.dtype, effort: Effort) -> dict[str, Any]:
     grad = operations.gradient(operation.ours(inputs, "auto"))
     want = measure.true_results(operation.truth, inputs, grad)
-    plain = measure.errors(measure.results(operation.plain(inputs), grad), want)
+    limit = operations.limit_beside(operation, inputs, grad, want, dtype)
     calls: dict[str, Call] = {}
     for strategy in STRATEGIES:
         form = Form(strategy, _by(operation, strategy), operation.our_work)
-        limit = operations.limit_of(dtype, {"error": max(plain.values())})
         row = operations.same_function(form, inputs, grad, want, limit, calls)
         if "reason" in row:
             return {"reason": f"not timed, {strategy}: {row['reason']}"}

@@ -230,6 +230,17 @@ def _sound(content):
     return {"format": table.FORMAT, "checksum": table._checksum(content), "content": content}
 
 
+def _with(**changes):
+    """A sound file whose first entry is changed."""
+
+    def broken(file, raw):
+        content = json.loads(raw)["content"]
+        content["entries"][0] |= changes
+        return json.dumps(_sound(content)).encode()
+
+    return broken
+
+
 BROKEN = {
     "truncated": lambda file, raw: raw[: len(raw) // 2],
     "empty": lambda file, raw: b"",
@@ -241,6 +252,12 @@ BROKEN = {
     "another machine": lambda file, raw: json.dumps(_sound(json.loads(raw)["content"] | {"device": "Z80, torch 0.1"})).encode(),
     "content of another kind": lambda file, raw: json.dumps(_sound("tuned")).encode(),
     "entries of another kind": lambda file, raw: json.dumps(_sound(json.loads(raw)["content"] | {"entries": [7]})).encode(),
+    "infinite threads": _with(threads=float("inf")),
+    "half a thread": _with(threads=1.5),
+    "a bucket that is no number": _with(buckets=["2", 3]),
+    "a bucket beyond all": _with(buckets=[float("inf")]),
+    "a dtype that is none": _with(dtype="nn"),
+    "a ratio beyond all": _with(ratio=10**400),
 }
 
 

@@ -42,7 +42,10 @@ def run(args: argparse.Namespace) -> int:
             if name not in shapes.DIMENSIONS:
                 raise SystemExit(f"em3: no operation {name!r} (there is {', '.join(shapes.DIMENSIONS)})")
         set_threads(args.threads)
-        return max(_tune(args, device) for device in devices)
+        for device in devices:
+            if status := _tune(args, device):  # Ctrl-C is meant for all of them
+                return status
+    return 0
 
 
 def _place(device: str) -> torch.device:

@@ -111,10 +111,11 @@ def identity(device: torch.device) -> str:
     release = ".".join(torch.__version__.split(".")[:2])
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {release}"
-    return f"{processor()}, {_instruction_set()}, torch {release}"
+    return f"{processor()}, {instruction_set()}, torch {release}"
 
 
-def _instruction_set() -> str:
+def instruction_set() -> str:
+    """Of the compiled kernels: the widest that this processor has, or the one that ``EM3_CPU_ISA`` forces."""
     from ..backends import cpp
     from ..env import extension
 
@@ -154,7 +155,7 @@ def read(file: Path, device: torch.device) -> tuple[list[Entry], int]:
     try:
         machine = content["device"]
         rows = [(_entry(row), _current(row)) for row in content["entries"]]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise TableError(f"holds what makes no sense ({type(error).__name__}: {error})") from None
     if machine != identity(device):
         raise TableError(f"is of another machine ({machine}; this is {identity(device)})")
@@ -189,8 +190,13 @@ def _current(row: dict[str, Any]) -> bool:
 
 
 def _entry(row: dict[str, Any]) -> Entry:
-    dtype = getattr(torch, row["dtype"])
-    key = (row["decision"], dtype, int(row["threads"]), str(row["kind"]), tuple(map(int, row["buckets"])))
+    dtype, threads, buckets = getattr(torch, row["dtype"]), row["threads"], row["buckets"]
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype: was {row['dtype']}, must be one of torch's")
+    for name, numbers in (("threads", [threads]), ("buckets", buckets)):
+        if any(type(n) is not int or n < 0 for n in numbers):  # JSON has Infinity, fractions and true as well
+            raise ValueError(f"{name}: was {row[name]}, must be whole numbers of at least 0")
+    key = (row["decision"], dtype, threads, str(row["kind"]), tuple(buckets))
     return Entry(key, str(row["choice"]), str(row["shape"]), float(row["ratio"]))
 
 

@@ -16,9 +16,11 @@ for package in ("yaml", "psutil", "matplotlib", "tqdm"):
     pytest.importorskip(package)
 
 import em3
+from em3.backends import cpp
 from em3.benchmarks import end_to_end, operations, overhead, page, patched, run, table
 from em3.benchmarks.operations import Effort
 from em3.cli import main
+from em3.files import written_by_us
 
 SHAPES = """
 lora_linear:
@@ -107,6 +109,28 @@ def test_what_was_measured_is_kept_and_gone_on_with(mine, tmp_path, swift, monke
     assert "contrastive_loss, tiny, over B in float32" in html
 
 
+def test_another_effort_and_another_shape_of_the_same_name_are_not_gone_on_with(mine, tmp_path, swift, monkeypatch):
+    monkeypatch.setattr(run.operations, "measured", lambda shape, *rest: [{"suite": "none", "label": shape.label}])
+    words = ["contrastive_loss", "--shapes", mine, "--out", tmp_path / "out", "--resume"]
+    bench(*words)
+    with pytest.raises(SystemExit, match="was measured with quick False, and this is True"):
+        bench(*words, "--quick")
+    mine.write_text(SHAPES.replace("B: 16", "B: 8"))
+    with pytest.raises(SystemExit, match="measured at B=16 V=8, and that shape is now B=8 V=8"):
+        bench(*words)
+
+
+def test_two_runs_in_one_folder_do_not_write_over_each_other(mine, tmp_path, swift):
+    words = ["contrastive_loss", "--shapes", mine, "--out", tmp_path / "out", "--resume"]
+    with written_by_us(tmp_path / "out" / "results.jsonl"), pytest.raises(SystemExit, match="is writing it; let it end"):
+        bench(*words)
+
+
+def test_a_forced_instruction_set_is_what_results_name(swift, monkeypatch):
+    monkeypatch.setattr(cpp, "isa", "avx2")
+    assert run.machine.head("cpu", ())["instruction_set"] in ("avx2", "no compiled kernels")
+
+
 def test_the_other_suites(tmp_path, swift, monkeypatch):
     monkeypatch.setattr(overhead, "ROUNDS", 2)
     monkeypatch.setattr(end_to_end, "ITEMS", 60)
@@ -172,6 +196,21 @@ def test_what_cannot_be_measured_stops_nothing_else(mine, tmp_path, swift, monke
     assert "tiny: B=16" in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.parametrize("error", [subprocess.CalledProcessError(1, "python"), TypeError("overflow"), MemoryError("no more")])
+def test_a_part_may_fail_in_any_way(error, mine, tmp_path, swift, monkeypatch, caplog):
+    """Such as in a process of its own, or at a shape beyond 64 bits."""
+
+    def fail():
+        raise error
+
+    todo = [run.Unit("one", fail), run.Unit("two", lambda: [{"suite": "none"}])]
+    monkeypatch.setattr(run, "units", lambda *of: todo)
+    with pytest.raises(SystemExit, match=r"1 of 2 parts could not be measured, the others are in .*: one"):
+        bench("--shapes", mine, "--device", "cpu", "--out", tmp_path / "out")
+    assert f"one: not measured: {error}" in caplog.text
+    assert '"unit": "two"' in (tmp_path / "out" / "results.jsonl").read_text()
+
+
 def test_memory_of_a_step_counts_what_em3_adds():
     setting = SETTING(history=20, batch=256, modalities=1)
     ours, base = (end_to_end._peak(arm, setting, "cpu") for arm in end_to_end.ARMS)
@@ -185,6 +224,7 @@ def test_memory_of_a_step_counts_what_em3_adds():
         (["--shapes", "/nonexistent.yaml"], "/nonexistent.yaml"),
         (["--device", "cuda:7"], "--device: was cuda:7"),
         (["--device", "tpu"], "--device: was tpu"),
+        (["compare", "HEAD", "--resume"], "--resume: bench compare measures anew each time"),
     ],
 )
 def test_complaints(words, complaint, tmp_path):
@@ -225,6 +265,20 @@ def test_a_machine_with_a_gpu_is_measured_on_both(mine, tmp_path, monkeypatch):
     assert asked == [("cpu", tmp_path / "both" / "cpu"), ("cuda", tmp_path / "both" / "cuda"), ("cuda:0", tmp_path / "one")]
 
 
+def test_a_device_on_which_parts_fail_does_not_stop_the_other(mine, tmp_path, monkeypatch):
+    asked = []
+
+    def failing(suites, table_of_shapes, device, *rest):
+        asked.append(device)
+        raise run.RunError(f"1 of 2 parts could not be measured on {device}")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(run, "run", failing)
+    with pytest.raises(SystemExit, match=r"measured on cpu\nem3: 1 of 2 parts could not be measured on cuda"):
+        bench("--shapes", mine, "--out", tmp_path)
+    assert asked == ["cpu", "cuda"]
+
+
 def test_a_plot_where_a_form_ran_out_of_memory(tmp_path):
     work = {"forward_flops": 1.0, "backward_flops": 1.0, "forward_elements": 1.0, "backward_elements": 1.0}
     rows = [
@@ -234,10 +288,13 @@ def test_a_plot_where_a_form_ran_out_of_memory(tmp_path):
             if (form, at) != ("plain", 32) else {"status": "out of memory", "reason": "needs more"})}
         for at in (16, 32) for form in ("em3", "plain")
     ]  # fmt: skip
+    rows += [rows[0] | {"sweep": {}}, rows[0] | {"sweep": {}, "form": "peer", "without": ["logit_scale"]}]
     head = {"date": "then", "device": "<a machine>", "threads": 2, "instruction_set": "avx2", "torch": "2", "em3": "0",
             "environment": "", "ceilings": {"copy": 1e10, "products": {"float32": 1e11}}}  # fmt: skip
     html = page.write(tmp_path, head, rows).read_text()
     assert html.count("<svg") == 2
     assert "&lt;a machine&gt;" in html
     assert "<a machine>" not in html
-    assert Path(table.write(tmp_path, head, rows)).read_text().startswith("# Measured by `em3 bench`")
+    markdown = Path(table.write(tmp_path, head, rows)).read_text()
+    assert markdown.startswith("# Measured by `em3 bench`")
+    assert "| peer, without the gradient of logit_scale | " in markdown

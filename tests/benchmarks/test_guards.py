@@ -13,11 +13,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 for package in ("yaml", "psutil", "pytest_benchmark"):
     pytest.importorskip(package)
 
 from benchmarks.guards import guard
+from em3.benchmarks import registry
+from em3.benchmarks.forms import nbytes
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEED, MEMORY = "test_speed and lora_target_attention and history", "test_memory and lora_target_attention and wide"
@@ -114,6 +117,24 @@ def test_a_slowdown_is_told_from_what_other_work_does():
                 lowest, highest = held[guard.nearest(held)]
                 assert highest / wide.get((op, name), 1.3) < 0.995 * floor, f"{kind}: {op}, {name}"
                 assert floor < 0.98 * lowest, f"{kind}: {op}, {name}"
+
+
+@pytest.mark.parametrize("shape", guard.MEMORY, ids=[f"{shape.op}, {shape.name}" for shape in guard.MEMORY])
+def test_a_temporary_is_told_from_what_the_heap_does(shape):
+    """Of every memory guard that is committed: one tensor of the rows' size, [T, C] or [T, D], is more than its margin; for
+    candidates, whose one history is small beside the bank, one of scores [H, Q, T]."""
+    content, dims = guard.read(), shape.dims
+    inputs = registry.OPERATIONS[shape.op].make(dims, "cpu", torch.float32)
+    rows = {"qformer_attention": lambda: sum(x.numel() // x.shape[-1] for x in inputs["values"]), "lora_linear": lambda: dims["T"],
+            "lora_target_attention": lambda: inputs["ids"].numel(), "contrastive_loss": lambda: dims["B"]}[shape.op]()
+    widths = {key: dims[key] for key in ("D", "V") if key in dims}
+    if shape.op == "lora_linear":  # the narrow one's results are no more than the heap's own rounding
+        widths["C"] = dims["C"]
+    if shape.name == "candidates":
+        widths = {"scores": dims["H"] * dims["Q"]}
+    held = content["memory"][shape.op][shape.name]
+    margin = guard.memory_ceiling(held, content["margins"]) - held
+    assert 4 * rows * max(widths.values()) / nbytes(inputs) > 1.1 * margin
 
 
 def test_floors_lie_between_what_was_measured_and_what_must_be_caught():

@@ -14,7 +14,7 @@ SUITES = ("qformer_attention", "lora_linear", "lora_target_attention", "contrast
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "run_gpu.sh"
 PYTHON = """#!/bin/sh
 echo "$@" >>"$LOG"
-case "$*" in *{slow}*) exec sleep 60 ;; *{broken}*) exit 3 ;; esac
+case "$*" in *{slow}*) {deaf}exec sleep 60 ;; *{broken}*) exit 3 ;; esac
 """
 
 
@@ -24,11 +24,11 @@ def go(tmp_path):
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is not here")
 
-    def run(slow: str = "nothing", broken: str = "nothing", budget: int = 60, resume: str = "") -> tuple[int, list[str]]:
+    def run(slow: str = "nothing", deaf: bool = False, broken: str = "nothing", budget: int = 60, resume: str = "") -> tuple[int, list[str]]:
         python, log = tmp_path / "python", tmp_path / "log"
-        python.write_text(PYTHON.format(slow=slow, broken=broken))
+        python.write_text(PYTHON.format(slow=slow, deaf="trap '' INT; " if deaf else "", broken=broken))
         python.chmod(0o755)
-        environment = os.environ | {"PYTHON": str(python), "LOG": str(log), "OUT": str(tmp_path / "out"), "BUDGET": str(budget), "RESUME": resume}
+        environment = os.environ | {"PYTHON": str(python), "LOG": str(log), "OUT": str(tmp_path / "out"), "BUDGET": str(budget), "GRACE": "1", "RESUME": resume}
         status = subprocess.run(["bash", str(SCRIPT)], env=environment, capture_output=True).returncode
         return status, log.read_text().splitlines() if log.exists() else []
 
@@ -65,6 +65,12 @@ def test_it_stops_in_time_without_failing(go):
     assert status == 0
     assert len(asked) == 5  # no time was left for what follows
     assert time.monotonic() - start < 25
+
+
+def test_what_does_not_heed_the_end_is_killed_without_failing(go):
+    """A compiler or a kernel may not hand Ctrl-C on for long."""
+    status, asked = go(slow="--quick", deaf=True, budget=7)
+    assert (status, len(asked)) == (0, 5)
 
 
 def test_what_fails_is_told_at_the_end_and_stops_nothing_but_the_build(go):

@@ -17,6 +17,7 @@ for package in ("yaml", "psutil", "tqdm"):
 from em3 import tuning
 from em3.benchmarks import measure, tune
 from em3.cli import main
+from em3.commands import tune as command
 from em3.ops import _dispatch
 from em3.tuning import table
 
@@ -161,6 +162,14 @@ def test_what_was_tuned_before_an_interruption_is_kept(mine, pretended, capsys, 
     assert main(["tune", "lora_linear", "--shapes", str(mine), "--device", "cpu"]) == 130
     assert capsys.readouterr().out.splitlines()[-1] == f"{table.path(CPU)}, interrupted"
     assert entries() == {"lora_linear.form": "merged"}
+
+
+def test_an_interruption_ends_it_on_all_devices(mine, monkeypatch):
+    begun = []
+    monkeypatch.setattr(command.bench, "devices", lambda asked: ["cpu", "cuda"])
+    monkeypatch.setattr(command, "_tune", lambda args, device: begun.append(device) or 130)
+    assert main(["tune", "lora_linear", "--shapes", str(mine)]) == 130
+    assert begun == ["cpu"]
 
 
 def test_clear_removes_this_machines_file(mine, pretended, capsys):
