@@ -71,7 +71,9 @@ def compare(revision: str, shapes: Sequence[Shape], device: str, dtype: str, out
     with tempfile.TemporaryDirectory(prefix="em3-compare-") as folder:
         base = Path(folder)
         commit = check_out(revision, base)
+        progress(f"build {revision}", 0, 1, {})  # minutes
         build(base, cuda=device != "cpu")
+        progress(f"build {revision}", 1, 1, {})
         sides = [Worker(ROOT), Worker(base)]
         try:
             for i, shape in enumerate(shapes):

@@ -123,6 +123,7 @@ def our_work(dims: Dims) -> Work:
 OPERATION = Operation(
     "contrastive_loss", make, in_blocks, plain, ours, plain_work, our_work,
     (Form("blocks", blocks, blocks_work),
-     *(Form(peer.__name__, peer, plain_work, package=peer.__name__)
-       for peer in (open_clip, sentence_transformers, pytorch_metric_learning))),
+     *(Form(peer.__name__, peer, plain_work, package=peer.__name__, distribution=distribution)
+       for peer, distribution in ((open_clip, "open_clip_torch"), (sentence_transformers, "sentence-transformers"),
+                                  (pytorch_metric_learning, "pytorch-metric-learning")))),
 )  # fmt: skip

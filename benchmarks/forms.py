@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -40,6 +40,7 @@ class Form:
     bind: Callable[[Inputs], Call]  # what it prepares is not timed
     work: Callable[[Dims], Work]
     package: str | None = None  # without which it cannot be
+    distribution: str | None = None  # what pip calls it, if something else
     # Why it does not do this shape on this device, None if it does.
     refuses: Callable[[Dims, str], str | None] = lambda dims, device: None
     compiled: bool = False  # torch.compile works in its first call with a shape
@@ -71,6 +72,7 @@ class Operation:
         plain_work, our_work: of the textbook formulation, and of em3's.
         peers: forms of other packages.
         by: ``(inputs, strategy)`` -> output, of an operation that has the strategies absorb and project.
+        laid_out: ``(dims, inputs)`` -> the same inputs in every layout that the automatic choice tells apart.
     """
 
     name: str
@@ -82,6 +84,7 @@ class Operation:
     our_work: Callable[[Dims], Work]
     peers: tuple[Form, ...] = ()
     by: Callable[[Inputs, str], Tensor] | None = None
+    laid_out: Callable[[Dims, Inputs], Sequence[Inputs]] = lambda dims, inputs: [inputs]
 
     def forms(self) -> Iterator[Form]:
         """All that competes: em3 as a call without further words gets it, each of its backends, then the others."""

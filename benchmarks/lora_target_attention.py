@@ -40,8 +40,14 @@ def make(dims: Dims, device: str, dtype: torch.dtype) -> Inputs:
 
 def _arguments(inputs: Inputs) -> dict[str, Any]:
     """The inputs as the operation takes them."""
-    history = em3.Jagged(inputs["ids"], inputs["offsets"])
-    return {"history": history} | {key: value for key, value in inputs.items() if key not in ("ids", "offsets")}
+    padded, ids = inputs.get("padded", False), inputs["ids"]
+    history = ids.view(len(inputs["target"]), -1) if padded else em3.Jagged(ids, inputs["offsets"])
+    return {"history": history} | {key: value for key, value in inputs.items() if key not in ("ids", "offsets", "padded")}
+
+
+def laid_out(dims: Dims, inputs: Inputs) -> list[Inputs]:
+    """Histories of equal length may be padded as well, ``[B, N]``."""
+    return [inputs] if dims["lengths"] == "skewed" else [inputs, inputs | {"padded": True}]
 
 
 def ours(inputs: Inputs, backend: str) -> Tensor:
@@ -132,5 +138,5 @@ def our_work(dims: Dims) -> Work:
 OPERATION = Operation(
     "lora_target_attention", make, truth, plain, ours, plain_work, our_work,
     (*attention_peers.forms(packed, plain_work), Form("peft", peft, plain_work, package="peft")),
-    by,
+    by, laid_out,
 )  # fmt: skip

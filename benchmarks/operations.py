@@ -94,7 +94,9 @@ def _needs(form: Form, shape: Shape, device: str, dtype: torch.dtype) -> dict[st
     """Whether the form can be had for this shape, and how much memory it takes."""
     missing = form.missing()
     if missing is not None:
-        return {"status": missing if missing == "not installed" else "not usable", "reason": missing}
+        if missing != "not installed":
+            return {"status": "not usable", "reason": missing}
+        return {"status": missing, "reason": f"pip install {form.distribution or form.package}"}
     refused = form.refuses(shape.dims, device)
     if refused is None and form.dtypes is not None and dtype not in form.dtypes:
         refused = f"it computes in {' and '.join(map(measure.name_of, form.dtypes))} only"

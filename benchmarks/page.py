@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -10,7 +11,7 @@ from em3.files import atomic
 from em3.train.report import figures, frame
 
 from . import plots
-from .presentation import HOW, Head, Row, Table, machine, tables
+from .presentation import HOW, Head, Row, Table, machine, tables, unrest
 
 FILE = "report.html"
 
@@ -19,7 +20,8 @@ def write(folder: Path, head: Head, rows: Sequence[Row]) -> Path:
     """Writes ``report.html`` into the folder, complete or not at all, and returns its path."""
     body = [
         f'<header><p class="over">{escape(head["date"])}</p><h1>em3 on {escape(head["device"])}</h1>'
-        f'<div class="result"><p>{escape(machine(head))}</p></div></header><p class="note">{escape(HOW)}</p>',
+        f'<div class="result"><p>{escape(machine(head))}</p></div></header>',
+        *(f'<p class="note">{escape(text)}</p>' for text in (HOW, unrest(rows)) if text),
         *map(_table, tables(head, rows)),
         _sweeps(head, rows),
         f"<details><summary>Environment</summary>{frame.pre(head['environment'], 'environment')}</details>",
@@ -32,10 +34,19 @@ def write(folder: Path, head: Head, rows: Sequence[Row]) -> Path:
 
 def _table(table: Table) -> str:
     head = "".join(f"<th>{escape(column)}</th>" for column in table.columns)
-    rows = "".join(frame.row(name, [f"<td>{escape(cell)}</td>" for cell in cells], "ours" if cells[0] == "em3" else "")
-                   for name, *cells in table.lines)  # fmt: skip
+    rows = "".join(frame.row(name, _cells(cells), "ours" if cells[0] == "em3" else "") for name, *cells in table.lines)
     content = f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>"
-    return f'{frame.title(escape(table.title))}<p class="note">{escape(table.note)}</p>{frame.table(content, escape(table.title))}'
+    note = re.sub("(`+)([^`]+)\\1", r"<code>\2</code>", escape(table.note))
+    return f'{frame.title(escape(table.title))}<p class="note">{note}</p>{frame.table(content, escape(table.title))}'
+
+
+def _cells(cells: Sequence[str]) -> list[str]:
+    """Of a line, the last text over all that is empty behind it, which is why there is no number."""
+    last = max(i for i, cell in enumerate(cells) if cell) if any(cells) else 0
+    behind = len(cells) - 1 - last
+    if behind < 2:
+        return [f"<td>{escape(cell)}</td>" for cell in cells]
+    return [*(f"<td>{escape(cell)}</td>" for cell in cells[:last]), f'<td colspan="{behind + 1}">{escape(cells[last])}</td>']
 
 
 def _sweeps(head: Head, rows: Sequence[Row]) -> str:

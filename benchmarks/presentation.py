@@ -186,6 +186,16 @@ def machine(head: Head) -> str:
     )
 
 
+def unrest(rows: Iterable[Row]) -> str:
+    """A sentence where other work moved the times too much for a factor to be believed, else nothing."""
+    spreads = [row["seconds"]["both"] for row in of_suite(rows, "operations") if "seconds" in row]
+    wild = sum(p80 > 2 * p20 for p20, _, p80 in spreads)
+    if 5 * wild <= len(spreads):
+        return ""
+    return (f"The machine was busy: of {len(spreads)} times {wild} are more than twice as long at the 80th percentile as at the "
+            "20th. Measure again while nothing else runs before you believe a factor.")  # fmt: skip
+
+
 HOW = (
     "Medians of alternating calls in one process, 20th to 80th percentile in brackets; forward as in training, its graph "
     "recorded. em3 is what a call without further words gets, em3 NAME one backend; plain is PyTorch as a user would "

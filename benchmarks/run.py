@@ -94,18 +94,22 @@ def _run(todo: Sequence[Unit], results: Results, device: str, out: Path, progres
     on_cpu = torch.device(device).type == "cpu"
     results.must_be_of({unit.name: unit.label for unit in todo if unit.label is not None})
     failed = []
+    left = [unit for unit in todo if not results.has(unit.name)]
+    done = len(todo) - len(left)
+    progress("benchmarks", done, len(todo), {})
     try:
-        for i, unit in enumerate(todo):
-            if not results.has(unit.name):
-                try:
-                    with memory.bounded() if on_cpu else contextlib.nullcontext():
-                        rows = unit.measure()
-                    results.add(unit.name, rows)
-                except Exception as error:  # mostly of memory, for the inputs or the truth; also of a process of its own
-                    failed.append(unit.name)
-                    log.warning("%s: not measured: %s", unit.name, " ".join(str(error).split()))
-                table.write(out, results.head, results.rows)
-            progress("benchmarks", i + 1, len(todo), {})
+        table.write(out, results.head, results.rows)
+        for unit in left:
+            try:
+                with memory.bounded() if on_cpu else contextlib.nullcontext():
+                    rows = unit.measure()
+                results.add(unit.name, rows)
+            except Exception as error:  # mostly of memory, for the inputs or the truth; also of a process of its own
+                failed.append(unit.name)
+                log.warning("%s: not measured: %s", unit.name, " ".join(str(error).split()))
+            table.write(out, results.head, results.rows)
+            done += 1
+            progress("benchmarks", done, len(todo), {})
     finally:  # a run that is cut off has its page too
         report = page.write(out, results.head, results.rows)
     if failed:

@@ -7,18 +7,18 @@ from pathlib import Path
 
 from em3.files import atomic
 
-from .presentation import HOW, Head, Row, Table, machine, tables
+from .presentation import HOW, Head, Row, Table, machine, tables, unrest
 
 FILE = "results.md"
 
 
 def write(folder: Path, head: Head, rows: Sequence[Row]) -> Path:
     """Writes ``results.md`` into the folder, complete or not at all, and returns its path."""
-    parts = ["# Measured by `em3 bench`", machine(head), HOW, *map(_markdown, tables(head, rows)),
+    parts = ["# Measured by `em3 bench`", machine(head), HOW, unrest(rows), *map(_markdown, tables(head, rows)),
              f"```text\n{head['environment']}\n```"]  # fmt: skip
     path = folder / FILE
     with atomic(path) as file:
-        file.write("\n\n".join(parts).encode() + b"\n")
+        file.write("\n\n".join(filter(None, parts)).encode() + b"\n")
     return path
 
 

@@ -88,14 +88,15 @@ def _tuned(shape: Shape, device: str, dtype: torch.dtype, effort: Effort) -> lis
     torch.manual_seed(zlib.crc32(f"{shape.op} {shape.dims} {dtype}".encode()))
     inputs = operation.make(shape.dims, device, dtype)
     grad = operations.gradient(operation.ours(inputs, "auto"))
-    bench = _Bench(shape, operation, inputs, grad, dtype, device, effort)
     place = next(iter(leaves(inputs).values())).device  # with its index
     found: list[Found] = []
     try:
-        for what, strategy in PLAN[shape.op]:
-            rows, changes = bench.settle(f"{shape.op}.{what}", strategy, place)
-            table.update(place, changes)
-            found += rows
+        for given in operation.laid_out(shape.dims, inputs):
+            bench = _Bench(shape, operation, given, grad, dtype, device, effort)
+            for what, strategy in PLAN[shape.op]:
+                rows, changes = bench.settle(f"{shape.op}.{what}", strategy, place)
+                table.update(place, changes)
+                found += rows
     finally:
         tuning.try_out(None)
         tuning.forget()

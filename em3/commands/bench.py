@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,14 +50,18 @@ def run(args: argparse.Namespace) -> int:
         with Progress() as progress:
             for device in places:
                 folder = args.out if len(places) == 1 else args.out / device
-                if against:
-                    print(_compare(args, suites, table, device, folder, progress).read_text())
-                    continue
                 try:
+                    if against:
+                        print(_compare(args, suites, table, device, folder, progress).read_text())
+                        continue
                     report = runs.run(suites, table, device, args.quick, folder, args.resume, progress)
                 except runs.RunError as error:  # the other device is measured all the same
                     failed.append(f"em3: {error}")
                     continue
+                except KeyboardInterrupt:
+                    on = "" if against else "; --resume goes on with it"
+                    print(f"em3: interrupted; what was measured is in {folder}{on}", file=sys.stderr)
+                    return 130
                 print(report.with_name("results.md").read_text())
                 print(f"report: {report}")
         if failed:

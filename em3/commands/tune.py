@@ -62,14 +62,15 @@ def _tune(args: argparse.Namespace, device: str) -> int:
     from em3.tuning import table
 
     ops, shape_file, dtypes = args.what or tuple(shapes.DIMENSIONS), args.shapes or shapes.TABLE, dtypes_of(device)
-    total = len(tune.units(ops, shape_file, args.quick, dtypes))
+    units = tune.units(ops, shape_file, args.quick, dtypes)
+    shapes.there_must_be(units, shape_file, ops, args.quick)
     found: list[tune.Found] = []
     status = 0
     with Progress() as progress:
         try:
             for i, of_shape in enumerate(tune.run(ops, shape_file, device, args.quick, dtypes)):
                 found += of_shape
-                progress("tuning", i + 1, total, {})
+                progress("tuning", i + 1, len(units), {})
         except KeyboardInterrupt:
             status = 130
     print(tune.text(found))

@@ -17,7 +17,7 @@ for package in ("yaml", "psutil", "matplotlib", "tqdm"):
 
 import em3
 from em3.backends import cpp
-from em3.benchmarks import end_to_end, operations, overhead, page, patched, run, table
+from em3.benchmarks import end_to_end, operations, overhead, page, patched, presentation, run, table
 from em3.benchmarks.operations import Effort
 from em3.cli import main
 from em3.files import written_by_us
@@ -92,8 +92,7 @@ def test_what_was_measured_is_kept_and_gone_on_with(mine, tmp_path, swift, monke
 
     monkeypatch.setattr(run.operations, "measured", cut_off)
     words = ["lora_linear", "contrastive_loss", "--shapes", mine, "--out", tmp_path / "out"]
-    with pytest.raises(KeyboardInterrupt):
-        bench(*words)
+    assert bench(*words) == 130
     for file in ("results.md", "report.html"):
         assert "tiny: B=16" in (tmp_path / "out" / file).read_text()
     monkeypatch.setattr(run.operations, "measured", lambda shape, *rest: (measured.append(shape.name), honest(shape, *rest))[1])
@@ -277,6 +276,42 @@ def test_a_device_on_which_parts_fail_does_not_stop_the_other(mine, tmp_path, mo
     with pytest.raises(SystemExit, match=r"measured on cpu\nem3: 1 of 2 parts could not be measured on cuda"):
         bench("--shapes", mine, "--out", tmp_path)
     assert asked == ["cpu", "cuda"]
+
+
+def test_ctrl_c_says_what_is_left_to_do(mine, tmp_path, monkeypatch, capsys):
+    """The first unit is measured, the second interrupted."""
+    honest = operations.measured
+
+    def interrupted(shape, *rest):
+        if shape.op == "contrastive_loss":
+            raise KeyboardInterrupt
+        return honest(shape, *rest)
+
+    monkeypatch.setattr(operations, "measured", interrupted)
+    assert bench("lora_linear", "contrastive_loss", "--quick", "--shapes", mine, "--out", tmp_path / "out") == 130
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1] == f"em3: interrupted; what was measured is in {tmp_path / 'out'}; --resume goes on with it"
+    assert said[0].startswith("benchmarks: 0/2, 0 s")  # before the minutes that the first one may take
+    assert "lora_linear" in (tmp_path / "out" / "results.md").read_text()
+
+
+def times(p20, p80):
+    return {"suite": "operations", "seconds": {"both": [p20, (p20 + p80) / 2, p80]}}
+
+
+def test_a_busy_machine_is_told_of():
+    calm, wild = times(1.0, 1.5), times(1.0, 2.5)
+    assert presentation.unrest([calm] * 4 + [wild] + [{"suite": "operations"}]) == ""
+    assert presentation.unrest([calm] * 3 + [wild]).startswith("The machine was busy: of 4 times 1 are more than twice as long")
+    assert presentation.unrest([]) == ""
+
+
+def test_a_reason_takes_the_cells_of_the_numbers_that_there_are_not():
+    shown = page._table(presentation.Table("t", "``2 B^2 V`` & `x`", ("shape", "form", "a", "b", "c"),
+                                           [("s", "em3", "1", "2", "3"), ("", "peer", "not usable: <why>", "", ""), ("", "late", "1", "2", "")]))  # fmt: skip
+    assert "<code>2 B^2 V</code> &amp; <code>x</code>" in shown
+    assert '<td>peer</td><td colspan="3">not usable: &lt;why&gt;</td>' in shown
+    assert "<td>late</td><td>1</td><td>2</td><td></td>" in shown
 
 
 def test_a_plot_where_a_form_ran_out_of_memory(tmp_path):

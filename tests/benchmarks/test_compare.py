@@ -96,7 +96,7 @@ def test_a_whole_comparison(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "SECONDS", 0.0)
     done = []
     path = compare.compare("HEAD", [SHAPE], "cpu", "float32", tmp_path / "out", lambda name, i, of, numbers: done.append((i, of)))
-    assert done == [(1, 1)]
+    assert done == [(0, 1), (1, 1), (1, 1)]  # of the build, and of the shape
     title, _, head, _, row = path.read_text().splitlines()
     assert title.startswith("# This tree against HEAD (")
     assert head.startswith("| operation | shape | this, ms | HEAD (")

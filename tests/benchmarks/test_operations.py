@@ -83,7 +83,7 @@ def test_rows(rows):
         ("wrong", "wrong", "is off by 1.0e-03 from float64"),
         ("nan", "wrong", "logit_scale is off by inf from float64"),
         ("broken", "failed", "KeyError: 'no such thing'"),
-        ("absent", "not installed", "not installed"),
+        ("absent", "not installed", "pip install "),
         ("picky", "not usable", "not on cpu"),
         ("large", "out of memory", "needs more memory than there is"),
     ],

@@ -71,7 +71,8 @@ def test_a_run_of_its_own(mine, tmp_path):
     assert lines[0].split("  ")[0] == "operation and decision"
     assert lines[-1] == str(table.path(CPU))
     for start in ("qformer_attention.strategy trained padded", "qformer_attention.strategy inference padded", "lora_linear.form",
-                  "lora_target_attention.rows frozen", "lora_target_attention.strategy frozen jagged"):  # fmt: skip
+                  "lora_target_attention.rows frozen", "lora_target_attention.strategy frozen jagged",
+                  "lora_target_attention.strategy frozen padded"):  # fmt: skip
         assert any(line.startswith(start) for line in lines), start
     assert re.search(r"lora_linear.form: the cost model was right [01] of 1 times, at worst \d+% behind", done.stdout)
     assert "lora_linear.shrink" not in done.stdout, "--quick measures the quick shapes only"
@@ -170,6 +171,12 @@ def test_an_interruption_ends_it_on_all_devices(mine, monkeypatch):
     monkeypatch.setattr(command, "_tune", lambda args, device: begun.append(device) or 130)
     assert main(["tune", "lora_linear", "--shapes", str(mine)]) == 130
     assert begun == ["cpu"]
+
+
+def test_shapes_of_which_none_is_meant(mine):
+    mine.with_name("other.yaml").write_text("lora_linear: [{name: tiny, T: 64, C: 8, D: 8, R: 2}]")
+    with pytest.raises(SystemExit, match="must hold a shape of contrastive_loss; there is none"):
+        main(["tune", "contrastive_loss", "--shapes", str(mine.with_name("other.yaml")), "--device", "cpu"])
 
 
 def test_clear_removes_this_machines_file(mine, pretended, capsys):
