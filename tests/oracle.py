@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from em3.backends import triton
+from em3.backends import cpp, triton
 from em3.ops import _dispatch
 
 HALF = (torch.bfloat16, torch.float16)
@@ -32,6 +32,16 @@ def backends(op: str, device: str = "cpu") -> list[Any]:
 def skip_unless_served(backend: str, dtype: torch.dtype) -> None:
     if backend in ("cpp", "triton") and dtype == torch.float64:
         pytest.skip(f"the {backend} kernels compute in float32")
+
+
+def force_isa(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled kernels on one instruction set; the test is skipped where it cannot be used."""
+    if cpp.unavailable() is not None:
+        pytest.skip(f"em3._C: {cpp.unavailable()}")
+    reason = cpp.compiled().cpu_features()["isa"].get(name, "not compiled on this platform")
+    if reason is not None:
+        pytest.skip(f"{name}: {reason}")
+    monkeypatch.setattr(cpp, "isa", name)
 
 
 @contextlib.contextmanager

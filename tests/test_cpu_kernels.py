@@ -47,10 +47,7 @@ def threads():
 
 @pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16"])
 def forced_isa(request, monkeypatch):
-    reason = cpp.compiled().cpu_features()["isa"].get(request.param, "not compiled on this platform")
-    if reason is not None:
-        pytest.skip(f"{request.param}: {reason}")
-    monkeypatch.setattr(cpp, "isa", request.param)
+    oracle.force_isa(request.param, monkeypatch)
 
 
 def test_dropout_on_every_instruction_set(forced_isa, monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 import weakref
 
@@ -11,7 +10,6 @@ import pytest
 import torch
 
 import em3
-from tests import oracle
 
 
 def step(t, h, bank):
@@ -48,22 +46,10 @@ def test_numbers_of_numpy_are_numbers():
     assert layer(torch.randn(3, 8), torch.randint(9, (3, 4)), torch.randn(9, 5)).shape == (3, 8)
 
 
-@pytest.mark.parametrize("backend", oracle.backends("lora_target_attention"))
-def test_what_is_written_behind_the_back_of_autograd_leads_nowhere(seed, backend):
-    """In place it is refused; through ``.data`` the backward may complain or not, but reads nothing outside."""
-    for name, wild in (("history", 10**9), ("history", -(10**9)), ("offsets", 10**9), ("offsets", -1)):
-        target, bank = torch.randn(3, 8, requires_grad=True), torch.randn(6, 4, requires_grad=True)
-        given = {"history": torch.tensor([0, 5, 2, 2, 1]), "offsets": torch.tensor([0, 2, 2, 5])}
-        weights = [torch.randn(8, c, requires_grad=True) for c in (8, 4, 4, 8)]
-        out = em3.ops.lora_target_attention(target, em3.Jagged(given["history"], given["offsets"]), bank, *weights, num_heads=2,
-                                            strategy="absorb", backend=backend)  # fmt: skip
-        given[name].data[1] = wild
-        with contextlib.suppress(ValueError, IndexError, RuntimeError):
-            out.sum().backward()
-            assert bank.grad is not None
-        given[name][1] = 1
-        out = em3.ops.lora_target_attention(target, em3.Jagged(given["history"], given["offsets"]), bank, *weights, num_heads=2,
-                                            strategy="absorb", backend=backend)  # fmt: skip
-        given[name][1] = 2
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            out.sum().backward()
+@pytest.mark.parametrize("name", ["history", "offsets"])
+def test_index_tensors_that_are_written_to_are_refused(seed, name):
+    given = {"history": torch.tensor([0, 5, 2, 2, 1]), "offsets": torch.tensor([0, 2, 2, 5])}
+    out = step(torch.randn(3, 8, requires_grad=True), em3.Jagged(given["history"], given["offsets"]), torch.randn(6, 5))
+    given[name][1] = 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()

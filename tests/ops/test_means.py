@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.fx.experimental.proxy_tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,6 +12,7 @@ from em3 import use_backend
 from em3.backends import cpp
 from em3.ops import _means
 from em3.ops._means import mean_rows
+from tests.oracle import force_isa
 
 compiled_only = pytest.mark.skipif(cpp.unavailable() is not None, reason=f"em3._C: {cpp.unavailable()}")
 
@@ -22,12 +24,7 @@ def path(request, monkeypatch):
         with use_backend("torch"):
             yield request.param
         return
-    if cpp.unavailable() is not None:
-        pytest.skip(f"em3._C: {cpp.unavailable()}")
-    reason = cpp.compiled().cpu_features()["isa"].get(request.param, "not compiled on this platform")
-    if reason is not None:
-        pytest.skip(f"{request.param}: {reason}")
-    monkeypatch.setattr(cpp, "isa", request.param)
+    force_isa(request.param, monkeypatch)
     yield request.param
 
 
@@ -87,6 +84,29 @@ def test_the_compiled_kernel_is_what_serves(monkeypatch):
     mean_rows(torch.randn(4, 3), torch.tensor([0, 4]))
     with torch.no_grad():
         mean_rows(torch.randn(4, 3, requires_grad=True), torch.tensor([0, 4]))
+
+
+def test_whatever_integers_default_dtype_or_transform(seed, path):
+    rows, offsets, places = torch.randn(6, 5), torch.tensor([0, 2, 5]), torch.tensor([5, 1, 1, 0, 3])
+    want = mean_rows(rows, offsets, places)
+    for of_offsets, of_places in ((torch.int32, torch.int32), (torch.int32, torch.int64), (torch.int64, torch.int32)):
+        torch.testing.assert_close(mean_rows(rows, offsets.to(of_offsets), places.to(of_places)), want, rtol=0, atol=0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        torch.testing.assert_close(mean_rows(rows, offsets, places), want, rtol=0, atol=0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(mean_rows(rows, offsets, places), want)
+    found = torch.func.grad(lambda r: mean_rows(r, offsets).sum())(rows)
+    torch.testing.assert_close(found, torch.tensor([1 / 2] * 2 + [1 / 3] * 3 + [0])[:, None].expand(6, 5))
+
+
+def test_is_recorded_where_operations_are(seed):
+    rows, offsets = torch.randn(6, 5), torch.tensor([0, 2, 5])
+    graph = torch.fx.experimental.proxy_tensor.make_fx(lambda r: mean_rows(r, offsets))(rows)
+    other = torch.randn(6, 5)
+    torch.testing.assert_close(graph(other), mean_rows(other, offsets))
 
 
 def direct():
